@@ -1,0 +1,32 @@
+// Sparse mixture of experts as Mixtral has it.
+//
+// SHAPES      x [T, H] in x_dtype (PM_F32, PM_BF16); gate [E, H] float32
+//             w13 [E, 2I, H]: rows 0..I-1 are w1 (gate projection), rows I..2I-1 are w3 (up projection)
+//             w2 [E, H, I]; both in w_dtype (PM_F32, PM_BF16, PM_I8)
+//             w13_scale [E, 2I], w2_scale [E, H] float32 for PM_I8, else NULL
+//             y [T, H] float32
+// DEFINITION  p = softmax(x gate^T) in float32; the top_k experts of largest p (ties: the lower index), in decreasing p;
+//             their p renormalised to sum 1; for each chosen expert e:
+//             h = silu(w13_scale * (w1 x)) * (w13_scale * (w3 x)) in float32;   y = sum over chosen e, in increasing
+//             expert index, of p_e * (w2_scale * (w2 h))
+// ORDER       every product as linear.h says; y[t] never depends on the other tokens, threads or instruction set.
+// SOURCE      Jiang et al., Mixtral of Experts, arXiv:2401.04088
+// REGULARITIES T = 1..64 in decode, thousands in prefill; E = 8, top_k = 2; experts unevenly loaded, some not at all
+// EXAMPLE     Mixtral-8x7B: H = 4096, I = 14336; 8x22B: H = 6144, I = 16384; under tensor parallelism I is the rank's share
+#ifndef PADDLE_MIXTRAL_MOE_H_
+#define PADDLE_MIXTRAL_MOE_H_
+
+#include "common.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+int pm_cpu_fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype,
+                     const float* w13_scale, const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E,
+                     int64_t top_k, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // PADDLE_MIXTRAL_MOE_H_

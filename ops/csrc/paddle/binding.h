@@ -1,0 +1,103 @@
+// What every binding uses: checks that explain themselves, and Paddle's types as the kernels' ABI names them.
+#ifndef PADDLE_MIXTRAL_BINDING_H_
+#define PADDLE_MIXTRAL_BINDING_H_
+
+#include <cstdio>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../kernels/include/common.h"
+#include "paddle/extension.h"
+
+namespace pm {
+
+// A predictor shows a C++ error as a bare "std::exception", so the sentence is also printed where it happens.
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  std::fprintf(stderr, "%s\n", message.str().c_str());
+  PD_THROW(message.str());
+}
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+inline const char* dtype_name(paddle::DataType dtype) {
+  switch (dtype) {
+    case paddle::DataType::FLOAT32:
+      return "float32";
+    case paddle::DataType::BFLOAT16:
+      return "bfloat16";
+    case paddle::DataType::FLOAT16:
+      return "float16";
+    case paddle::DataType::INT8:
+      return "int8";
+    case paddle::DataType::INT32:
+      return "int32";
+    case paddle::DataType::INT64:
+      return "int64";
+    default:
+      return "another type";
+  }
+}
+
+inline pm_dtype abi_dtype(paddle::DataType dtype) {
+  switch (dtype) {
+    case paddle::DataType::BFLOAT16:
+      return PM_BF16;
+    case paddle::DataType::FLOAT16:
+      return PM_F16;
+    case paddle::DataType::INT8:
+      return PM_I8;
+    default:
+      return PM_F32;
+  }
+}
+
+// Refuses a tensor that is not on the CPU, not of one of `dtypes`, or not of `shape` (-1: any size).
+inline void check_tensor(const char* op, const char* name, const paddle::Tensor& x, const std::vector<paddle::DataType>& dtypes,
+                         const std::vector<int64_t>& shape) {
+  if (x.place().GetType() != phi::AllocationType::CPU)
+    fail(op, name, " is on ", x.place().DebugString(), ", but this build has kernels for the CPU only; move it with .cpu()");
+  bool known = false;
+  std::string wanted;
+  for (auto dtype : dtypes) {
+    known = known || x.dtype() == dtype;
+    wanted += std::string(wanted.empty() ? "" : " or ") + dtype_name(dtype);
+  }
+  if (!known) fail(op, name, " is ", dtype_name(x.dtype()), ", needs ", wanted);
+  const std::vector<int64_t> found = x.shape();
+  bool fits = found.size() == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == found[i];
+  if (!fits) fail(op, name, " has shape ", shape_text(found), ", needs ", shape_text(shape), " (-1: any size)");
+}
+
+inline void check_status(const char* op, int status) {
+  switch (status) {
+    case PM_OK:
+      return;
+    case PM_OUT_OF_MEMORY:
+      fail(op, "not enough memory for the kernel's workspace; use a smaller batch or shorter prefill chunks");
+    case PM_PEER_LOST:
+      fail(op, "another rank of this job died or did not answer in time; see its log (log/workerlog.*)");
+    case PM_NOT_CONNECTED:
+      fail(op, "this process has joined no group of ranks; start the job with python -m paddle.distributed.launch");
+    default:
+      fail(op, "kernel returned status ", status);
+  }
+}
+
+inline paddle::DataType float_dtype(const char* op, const std::string& name) {
+  if (name == "float32") return paddle::DataType::FLOAT32;
+  if (name == "bfloat16") return paddle::DataType::BFLOAT16;
+  fail(op, "out_dtype is '", name, "', needs float32 or bfloat16");
+}
+
+}  // namespace pm
+#endif  // PADDLE_MIXTRAL_BINDING_H_

@@ -1,0 +1,46 @@
+"""RMS normalisation with the residual add."""
+
+import paddle
+
+from ops.library import run
+
+
+def rms_norm(residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dtype: str) -> paddle.Tensor:
+    """``residual / sqrt(mean(residual^2, -1) + eps) * weight``.
+
+    Args:
+        residual: [T, H] float32.
+        weight: [H] float32.
+        eps: added to the mean square; positive.
+        out_dtype: "float32" or "bfloat16".
+
+    Returns:
+        [T, H] in ``out_dtype``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device other than the above.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+    """
+    return run("pm_rms_norm", residual, weight, eps, out_dtype)
+
+
+def add_rms_norm(
+    residual: paddle.Tensor, delta: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dtype: str
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Adds ``delta`` to the residual stream, then normalises as :func:`rms_norm` does.
+
+    Args:
+        residual, delta: [T, H] float32.
+        weight: [H] float32.
+        eps: added to the mean square; positive.
+        out_dtype: "float32" or "bfloat16".
+
+    Returns:
+        (normalised [T, H] in ``out_dtype``, residual + delta [T, H] float32).
+
+    Raises:
+        RuntimeError: a shape, dtype or device other than the above.
+    """
+    normed, total = run("pm_add_rms_norm", residual, delta, weight, eps, out_dtype)
+    return normed, total

@@ -1,0 +1,44 @@
+"""ops.norm against the float32 reference, over odd sizes."""
+
+import numpy as np
+import paddle
+import pytest
+
+from ops import reference
+from ops.norm import add_rms_norm, rms_norm
+
+SIZES = [(1, 1), (1, 15), (3, 16), (5, 77), (2, 4096), (33, 130)]
+# float32 sums in another order: a few units in the last place of values of order one.
+FLOAT32_TOLERANCE = 2e-6
+# Half a unit in the last place of bfloat16 (8 bits), relative.
+BFLOAT16_TOLERANCE = 2.0**-8
+
+
+def random(*shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+def test_rms_norm_is_the_reference(tokens, hidden):
+    x, weight = random(tokens, hidden, seed=hidden), random(hidden, seed=1)
+    y = rms_norm(paddle.to_tensor(x), paddle.to_tensor(weight), 1e-5, "float32")
+    np.testing.assert_allclose(y.numpy(), reference.rms_norm(x, weight, 1e-5), rtol=FLOAT32_TOLERANCE, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+def test_add_rms_norm_is_the_reference(tokens, hidden):
+    x, delta, weight = random(tokens, hidden, seed=2), random(tokens, hidden, seed=3), random(hidden, seed=4)
+    y, total = add_rms_norm(paddle.to_tensor(x), paddle.to_tensor(delta), paddle.to_tensor(weight), 1e-5, "bfloat16")
+    expected, expected_total = reference.add_rms_norm(x, delta, weight, 1e-5)
+    np.testing.assert_array_equal(total.numpy(), expected_total)
+    np.testing.assert_allclose(y.astype("float32").numpy(), expected, rtol=BFLOAT16_TOLERANCE, atol=1e-6)
+
+
+def test_wrong_weight_is_refused_by_name():
+    with pytest.raises(Exception, match=r"weight has shape \[17\], needs \[16\]"):
+        rms_norm(paddle.zeros([2, 16]), paddle.ones([17]), 1e-5, "float32")
+
+
+def test_unknown_dtype_is_refused_by_name():
+    with pytest.raises(Exception, match="out_dtype is 'float16', needs float32 or bfloat16"):
+        rms_norm(paddle.zeros([2, 16]), paddle.ones([16]), 1e-5, "float16")
