@@ -47,7 +47,7 @@ LIBRARY = _load()
 
 
 def run(op: str, *arguments):
-    """Calls the registered operator ``op``: eager in dynamic mode, appended to the program while tracing."""
+    """Calls the registered operator ``op``, eager or while tracing; returns the list of its outputs."""
     return _C_ops._run_custom_op(op, *arguments)
 
 

@@ -22,7 +22,7 @@ def rms_norm(residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dty
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
-    return run("pm_rms_norm", residual, weight, eps, out_dtype)
+    return run("pm_rms_norm", residual, weight, eps, out_dtype)[0]
 
 
 def add_rms_norm(
