@@ -47,8 +47,15 @@ LIBRARY = _load()
 
 
 def run(op: str, *arguments):
-    """Calls the registered operator ``op``, eager or while tracing; returns the list of its outputs."""
-    return _C_ops._run_custom_op(op, *arguments)
+    """Calls the registered operator ``op``, eager or while tracing; returns the list of its outputs.
+
+    Raises:
+        ValueError: a binding refused its arguments; the message says what it found and what it needs.
+    """
+    try:
+        return _C_ops._run_custom_op(op, *arguments)
+    except OSError as error:  # what Paddle makes of a binding's PD_THROW
+        raise ValueError(str(error).partition("\n")[0]) from None
 
 
 def cpu_isa() -> str:

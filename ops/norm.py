@@ -18,7 +18,7 @@ def rms_norm(residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dty
         [T, H] in ``out_dtype``.
 
     Raises:
-        RuntimeError: a shape, dtype or device other than the above.
+        ValueError: a shape, dtype or device other than the above.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
@@ -40,7 +40,7 @@ def add_rms_norm(
         (normalised [T, H] in ``out_dtype``, residual + delta [T, H] float32).
 
     Raises:
-        RuntimeError: a shape, dtype or device other than the above.
+        ValueError: a shape, dtype or device other than the above.
     """
     normed, total = run("pm_add_rms_norm", residual, delta, weight, eps, out_dtype)
     return normed, total

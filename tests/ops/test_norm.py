@@ -35,10 +35,10 @@ def test_add_rms_norm_is_the_reference(tokens, hidden):
 
 
 def test_wrong_weight_is_refused_by_name():
-    with pytest.raises(Exception, match=r"weight has shape \[17\], needs \[16\]"):
+    with pytest.raises(ValueError, match=r"weight has shape \[17\], needs \[16\]"):
         rms_norm(paddle.zeros([2, 16]), paddle.ones([17]), 1e-5, "float32")
 
 
 def test_unknown_dtype_is_refused_by_name():
-    with pytest.raises(Exception, match="out_dtype is 'float16', needs float32 or bfloat16"):
+    with pytest.raises(ValueError, match="out_dtype is 'float16', needs float32 or bfloat16"):
         rms_norm(paddle.zeros([2, 16]), paddle.ones([16]), 1e-5, "float16")
