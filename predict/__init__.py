@@ -1,0 +1,1 @@
+"""Running Mixtral: model, engine, runners and the command lines."""

@@ -1,0 +1,1 @@
+"""From requests to steps to tokens, on integers alone: nothing here knows Paddle."""

@@ -1,0 +1,170 @@
+"""Mixtral as a Paddle dynamic-graph network on our own operators: the step of the contract, written once for both modes.
+
+The residual stream and whatever is summed across ranks is float32; what enters a matrix product has the activation dtype.
+Shapes: T packed tokens, B sequences, S sampled rows, H hidden, I this rank's share of the intermediate size, E experts,
+Hq / Hkv this rank's query / key-value heads, D head size, V vocabulary.
+"""
+
+import paddle
+from paddle import nn
+
+from ops.attention import append_attention
+from ops.collective import all_gather, all_reduce
+from ops.linear import linear, weight_only_linear
+from ops.moe import fused_moe
+from ops.norm import add_rms_norm, rms_norm
+from ops.sampling import sample
+from predict.model.config import ConfigError, MixtralConfig
+
+QUANT_TYPES = ("weight_only_int8",)
+
+
+class Linear(nn.Layer):
+    """y = x W^T with W [out, in] in the activation dtype or weight-only int8."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None, out_dtype: str):
+        super().__init__()
+        self.out_dtype = out_dtype
+        self.quantised = quant_type is not None
+        _add_weight(self, "weight", [out_features, in_features], dtype, quant_type)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.quantised:
+            return weight_only_linear(x, self.weight, self.weight_scale, self.out_dtype)
+        return linear(x, self.weight, self.out_dtype)
+
+
+class DecoderLayer(nn.Layer):
+    """Attention and experts of one layer, as this rank holds them."""
+
+    def __init__(self, config: MixtralConfig, dtype: str, quant_type: str | None, world_size: int):
+        super().__init__()
+        self.config, self.dtype, self.world_size = config, dtype, world_size
+        self.num_heads = config.num_attention_heads // world_size
+        self.num_kv_heads = config.num_key_value_heads // world_size
+        hidden, head_dim = config.hidden_size, config.head_dim
+        intermediate, experts = config.intermediate_size // world_size, config.num_local_experts
+        _add_buffer(self, "input_layernorm", [hidden], "float32")
+        self.qkv_proj = Linear((self.num_heads + 2 * self.num_kv_heads) * head_dim, hidden, dtype, quant_type, dtype)
+        self.o_proj = Linear(hidden, self.num_heads * head_dim, dtype, quant_type, "float32")
+        _add_buffer(self, "post_attention_layernorm", [hidden], "float32")
+        _add_buffer(self, "gate", [experts, hidden], "float32")
+        _add_weight(self, "w13", [experts, 2 * intermediate, hidden], dtype, quant_type)
+        _add_weight(self, "w2", [experts, hidden, intermediate], dtype, quant_type)
+        self.quantised = quant_type is not None
+
+    def forward(self, residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables):
+        """residual [T, H] and what the layer before leaves to be added to it -> the same two after this layer."""
+        eps = self.config.rms_norm_eps
+        if delta is None:
+            normed = rms_norm(residual, self.input_layernorm, eps, self.dtype)
+        else:
+            normed, residual = add_rms_norm(residual, delta, self.input_layernorm, eps, self.dtype)
+        attended = append_attention(
+            self.qkv_proj(normed),  # [T, (Hq + 2 Hkv) * D]
+            key_cache,
+            value_cache,
+            cu_seqlens,
+            context_lens,
+            block_tables,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            rope_theta=self.config.rope_theta,
+            sliding_window=self.config.sliding_window,
+        )  # [T, Hq * D]
+        delta = all_reduce(self.o_proj(attended), self.world_size)
+        normed, residual = add_rms_norm(residual, delta, self.post_attention_layernorm, eps, self.dtype)
+        w13_scale, w2_scale = (self.w13_scale, self.w2_scale) if self.quantised else (None, None)
+        mixed = fused_moe(normed, self.gate, self.w13, self.w2, self.config.num_experts_per_tok, w13_scale, w2_scale)
+        return residual, all_reduce(mixed, self.world_size)
+
+
+class Mixtral(nn.Layer):
+    """One rank's share of the network; ``predict.model.weights`` fills it.
+
+    Args:
+        config: the model.
+        dtype: activations, KV cache and unquantised weights: "bfloat16" or "float32".
+        quant_type: "weight_only_int8", or None.
+        world_size: ranks the heads, experts' intermediate size and vocabulary are split over.
+
+    Raises:
+        ConfigError: the sizes do not divide by world_size, or dtype or quant_type is unknown.
+    """
+
+    def __init__(self, config: MixtralConfig, dtype: str, quant_type: str | None = None, world_size: int = 1):
+        super().__init__()
+        check_shardable(config, world_size)
+        if dtype not in ("bfloat16", "float32"):
+            raise ConfigError(f"dtype is {dtype!r}, the CPU kernels need bfloat16 or float32; use --dtype bfloat16")
+        if quant_type is not None and quant_type not in QUANT_TYPES:
+            raise ConfigError(f"quant_type is {quant_type!r}, needs {' or '.join(QUANT_TYPES)}, or none at all")
+        self.config, self.dtype, self.quant_type, self.world_size = config, dtype, quant_type, world_size
+        _add_buffer(self, "embed_tokens", [config.vocab_size, config.hidden_size], dtype)
+        self.layers = nn.LayerList(
+            [DecoderLayer(config, dtype, quant_type, world_size) for _ in range(config.num_hidden_layers)]
+        )
+        _add_buffer(self, "norm", [config.hidden_size], "float32")
+        self.lm_head = Linear(padded_vocab_share(config, world_size), config.hidden_size, dtype, quant_type, "float32")
+        self.eval()
+
+    def logits(self, token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches) -> paddle.Tensor:
+        """Runs the layers over the packed tokens, writes the caches, and gives the logits [S, V] float32 of sample_rows."""
+        residual, delta = paddle.cast(nn.functional.embedding(token_ids, self.embed_tokens), "float32"), None
+        for i, layer in enumerate(self.layers):
+            key_cache, value_cache = caches[2 * i], caches[2 * i + 1]
+            residual, delta = layer(residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables)
+        residual, delta = paddle.gather(residual, sample_rows), paddle.gather(delta, sample_rows)  # [S, H]
+        hidden, _ = add_rms_norm(residual, delta, self.norm, self.config.rms_norm_eps, self.dtype)
+        logits = all_gather(self.lm_head(hidden), self.world_size)
+        # The last rank's share of the vocabulary may be padded.
+        return logits if logits.shape[1] == self.config.vocab_size else logits[:, : self.config.vocab_size]
+
+    def forward(
+        self,
+        token_ids,
+        cu_seqlens,
+        context_lens,
+        block_tables,
+        sample_rows,
+        sampling_floats,
+        sampling_ints,
+        history_ids,
+        history_offsets,
+        caches,
+    ):
+        """One step: see predict.engine.batch.StepBatch for the arguments.
+
+        Args:
+            caches: [key, value] of layer 0, of layer 1, ...: each [num_blocks, Hkv, block_size, D], written in place.
+
+        Returns:
+            next_tokens [S] int32 and logprobs [S] float32.
+        """
+        logits = self.logits(token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches)
+        return sample(logits, sampling_floats, sampling_ints, history_ids, history_offsets)
+
+
+def padded_vocab_share(config: MixtralConfig, world_size: int) -> int:
+    """Rows of lm_head each rank holds; rows past the vocabulary are zero."""
+    return -(-config.vocab_size // world_size)
+
+
+def check_shardable(config: MixtralConfig, world_size: int) -> None:
+    """Refuses a number of ranks that the heads or the experts' intermediate size do not divide by."""
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+        value = getattr(config, name)
+        if value % world_size:
+            raise ConfigError(f"{name} {value} cannot be split over {world_size} ranks; use a number of ranks that divides it")
+
+
+def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> None:
+    # Uninitialised: the loader writes every element, and a fill would touch the memory twice.
+    layer.register_buffer(name, paddle.empty(shape, dtype))
+
+
+def _add_weight(layer: nn.Layer, name: str, shape: list[int], dtype: str, quant_type: str | None) -> None:
+    """``name`` in the activation dtype, or int8 with ``name``_scale, one float32 per output row."""
+    _add_buffer(layer, name, shape, dtype if quant_type is None else "int8")
+    if quant_type is not None:
+        _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")
