@@ -1,0 +1,1 @@
+"""From the dynamic network to an exported, self-describing inference program."""

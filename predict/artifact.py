@@ -1,0 +1,176 @@
+"""The exported folder: what is in it, and the manifest by which it explains itself.
+
+    manifest.json                     written last: a folder without it is an export that did not finish
+    config.json, tokenizer.model, ... copied from the checkpoint
+    rank_0/model.json, model.pdiparams    the program and weights of each rank
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from ops.library import ABI_VERSION
+from predict.model.config import ConfigError, MixtralConfig, read_json
+from predict.progress import progress
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+# The layout of int8 weights on disk and in memory: [out, in] row-major and one float32 scale per row.
+WEIGHT_LAYOUT = "row_major"
+PROGRAM = "model"
+HASH_CHUNK = 1 << 22
+
+
+class ArtifactError(ValueError):
+    """An exported folder that is incomplete, changed, or not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported folder whose manifest has been read and whose files have the sizes it states."""
+
+    folder: Path
+    config: MixtralConfig
+    dtype: str
+    quant_type: str | None
+    world_size: int
+    block_size: int
+    files: dict[str, dict[str, Any]]
+
+    @staticmethod
+    def is_artifact(folder: str | Path) -> bool:
+        return (Path(folder) / MANIFEST).exists()
+
+    @staticmethod
+    def open(folder: str | Path) -> "Artifact":
+        """Reads and checks the manifest.
+
+        Raises:
+            ArtifactError: not an artefact, another format, operator ABI or Paddle than this one, or a file missing or of
+                another size.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise ArtifactError(
+                f"{folder}: no {MANIFEST}, so this is no exported model or its export did not finish; "
+                "make one with export_model.py --model_name_or_path CHECKPOINT --output_path DIR, or use --mode dynamic"
+            )
+        try:
+            manifest = read_json(folder / MANIFEST, "an exported model's manifest")
+            wanted = {"format_version": FORMAT_VERSION, "ops_abi_version": ABI_VERSION, "weight_layout": WEIGHT_LAYOUT}
+            for key, needed in wanted.items():
+                if manifest.get(key) != needed:
+                    raise ArtifactError(
+                        f"{folder}: exported with {key} {manifest.get(key)!r}, this version needs {needed!r}; export it again"
+                    )
+            if _minor(manifest["paddle_version"]) != _minor(paddle.__version__):
+                raise ArtifactError(
+                    f"{folder}: exported with Paddle {manifest['paddle_version']}, this is {paddle.__version__}; "
+                    "export it again, or install that Paddle"
+                )
+            artifact = Artifact(
+                folder,
+                MixtralConfig(**{**manifest["config"], "eos_token_id": tuple(manifest["config"]["eos_token_id"])}),
+                manifest["dtype"],
+                manifest["quant_type"],
+                manifest["world_size"],
+                manifest["block_size"],
+                manifest["files"],
+            )
+        except (KeyError, TypeError, ConfigError) as error:
+            raise ArtifactError(f"{folder / MANIFEST}: damaged manifest ({error}); export the model again") from error
+        artifact._check_sizes()
+        return artifact
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.files.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise ArtifactError(f"{path}: {found}, the manifest says {entry['bytes']}; copy or export it again")
+
+    def require(self, dtype: str | None, quant_type: str | None, world_size: int, block_size: int | None) -> None:
+        """Refuses an artefact that is not what was asked for (None: whatever it is; for quant_type too, so that the flag may
+        be left out).
+
+        Raises:
+            ArtifactError: says what the artefact is, what was asked, and what to do.
+        """
+        asked = {"dtype": dtype, "quant_type": quant_type, "block_size": block_size}
+        for name, value in asked.items():
+            found = getattr(self, name)
+            if value is not None and value != found:
+                remedy = f"use --{name} {found}" if found is not None else f"leave --{name} out"
+                raise ArtifactError(f"{self.folder}: exported with {name} {found}, asked for {value}; {remedy}, or export it again")
+        if world_size != self.world_size:
+            start = f"--nproc_per_node {self.world_size}" if self.world_size > 1 else "a single process, without the launcher"
+            raise ArtifactError(
+                f"{self.folder}: exported for {self.world_size} ranks, running on {world_size}; start it with {start}, "
+                f"or export it again on {world_size}"
+            )
+
+    def verify(self, show: bool = True) -> None:
+        """Hashes every file.
+
+        Raises:
+            ArtifactError: a file's bytes are not those that were exported.
+        """
+        with progress("verifying", sum(e["bytes"] for e in self.files.values()), "B", show) as bar:
+            for name, entry in self.files.items():
+                if sha256(self.folder / name, bar) != entry["sha256"]:
+                    raise ArtifactError(f"{self.folder / name}: its bytes have changed since the export; export it again")
+
+    def program(self, rank: int) -> Path:
+        """Path of a rank's program, without suffix."""
+        return self.folder / f"rank_{rank}" / PROGRAM
+
+
+def write_manifest(
+    folder: Path,
+    config: MixtralConfig,
+    dtype: str,
+    quant_type: str | None,
+    world_size: int,
+    block_size: int,
+) -> None:
+    """Writes manifest.json over every file the folder holds; nothing may be written to the folder afterwards."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with progress("hashing", sum(p.stat().st_size for p in paths), "B") as bar:
+        files = {
+            p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p, bar)} for p in paths
+        }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "paddle_version": paddle.__version__,
+        "ops_abi_version": ABI_VERSION,
+        "dtype": dtype,
+        "quant_type": quant_type,
+        "weight_layout": WEIGHT_LAYOUT,
+        "world_size": world_size,
+        "block_size": block_size,
+        "config": dataclasses.asdict(config),
+        "files": files,
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder / MANIFEST)
+
+
+def sha256(path: Path, bar: Any) -> str:
+    """Hexadecimal SHA-256 of a file; ``bar`` sees the bytes go by."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(HASH_CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]

@@ -1,0 +1,241 @@
+"""A rank's share of the weights: read slice by slice, quantised before it is split, written straight into the network.
+
+Peak host memory is the rank's own weights plus one tensor of the checkpoint.
+"""
+
+import ctypes
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import paddle
+
+from ops.quantize import quantize_int8_into
+from predict.model.checkpoint import Checkpoint
+from predict.model.config import ConfigError, MixtralConfig
+from predict.model.mixtral import Mixtral, padded_vocab_share
+from predict.progress import progress
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DEMO = CONFIGS / "demo"
+DUMMY_PREFIX = "dummy:"
+# Random weights are integers times this power of two: exact in bfloat16, and of about initializer_range (0.02).
+DUMMY_STEP = 2.0**-12
+
+
+class WeightSource(Protocol):
+    """Where tensors come from: a Checkpoint, or DummyWeights."""
+
+    def read(self, name: str) -> tuple[np.ndarray, str]:
+        """The whole tensor (bfloat16 as uint16) and its dtype's name; slices of it are all that need be touched."""
+        ...
+
+
+class DummyWeights:
+    """Seeded random weights of a configuration's shapes, for running true sizes without a checkpoint."""
+
+    def __init__(self, config: MixtralConfig, seed: int = 0):
+        self.shapes = expected_tensors(config)
+        self.seed = seed
+        values = (np.clip(np.arange(256, dtype=np.uint8).view(np.int8), -127, 127) * np.float32(DUMMY_STEP)).astype(np.float32)
+        self.bfloat16_of_byte = (values.view(np.uint32) >> 16).astype(np.uint16)
+
+    def read(self, name: str) -> tuple[np.ndarray, str]:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return np.full(shape, 0x3F80, np.uint16), "bfloat16"  # norms: ones
+        random = np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
+        bits = np.frombuffer(random.bytes(int(np.prod(shape))), np.uint8)
+        return self.bfloat16_of_byte[bits].reshape(shape), "bfloat16"
+
+
+def expected_tensors(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint in Hugging Face's Mixtral layout."""
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (queries, hidden),
+            f"{layer}.self_attn.k_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.v_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, queries),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.block_sparse_moe.gate.weight": (config.num_local_experts, hidden),
+        }
+        for e in range(config.num_local_experts):
+            expert = f"{layer}.block_sparse_moe.experts.{e}"
+            shapes |= {
+                f"{expert}.w1.weight": (intermediate, hidden),
+                f"{expert}.w2.weight": (hidden, intermediate),
+                f"{expert}.w3.weight": (intermediate, hidden),
+            }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def unused_tensors(config: MixtralConfig) -> frozenset[str]:
+    """Tensors some checkpoints carry that hold nothing new: rotary tables, and the head of a tied model."""
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_hidden_layers)}
+    return frozenset(tables | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
+
+
+def dummy_config(name: str, num_hidden_layers: int | None) -> MixtralConfig:
+    """The configuration ``dummy:NAME`` means: a file of configs/ by its name, or a path to a config.json.
+
+    Raises:
+        ConfigError: no such configuration; lists those there are.
+    """
+    wanted = name.removeprefix(DUMMY_PREFIX)
+    shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.json"))} | {"demo": DEMO / "config.json"}
+    path = shipped.get(wanted, Path(wanted))
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{name}: no configuration {wanted!r}; needs one of {', '.join(shipped)}, or the path of a config.json")
+    config = MixtralConfig.read(path)
+    if num_hidden_layers is None:
+        return config
+    return MixtralConfig(**{**config.__dict__, "num_hidden_layers": num_hidden_layers})
+
+
+def open_checkpoint(folder: Path, config: MixtralConfig) -> Checkpoint:
+    """The checkpoint of a folder, its tensors checked against the configuration before anything large is allocated.
+
+    Raises:
+        CheckpointError: see predict.model.checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(expected_tensors(config), unused_tensors(config))
+    return checkpoint
+
+
+def load(
+    config: MixtralConfig,
+    source: WeightSource,
+    dtype: str,
+    quant_type: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Mixtral:
+    """Builds the network and fills it with this rank's share of ``source``.
+
+    Args:
+        dtype: of activations and unquantised weights: "bfloat16" or "float32".
+        quant_type: "weight_only_int8" or None. Whole rows are quantised before they are split, so scales do not depend on
+            the number of ranks.
+    """
+    model = Mixtral(config, dtype, quant_type, world_size)
+    _Loader(model, source, rank).load()
+    return model
+
+
+def host_view(tensor: paddle.Tensor) -> np.ndarray:
+    """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
+    numpy_dtype = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}[str(tensor.dtype).removeprefix("paddle.")]
+    c_type = np.ctypeslib.as_ctypes_type(numpy_dtype)
+    return np.ctypeslib.as_array((c_type * tensor.size).from_address(tensor.data_ptr())).reshape(tensor.shape)
+
+
+def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
+    """Element type ``dtype`` to ``to`` ("float32" or "bfloat16", rounded to nearest even), bfloat16 as uint16."""
+    if dtype == to:
+        return array
+    if to == "float32":
+        if dtype == "float16":
+            return array.astype(np.float32)
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+
+
+class _Loader:
+    def __init__(self, model: Mixtral, source: WeightSource, rank: int):
+        self.model, self.source, self.rank = model, source, rank
+        self.config, self.world_size = model.config, model.world_size
+        shapes = expected_tensors(self.config)
+        self.bar = progress("loading weights", sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0, unit_scale=True)
+
+    def load(self) -> None:
+        config, model = self.config, self.model
+        with self.bar:
+            self._plain(model.embed_tokens, "model.embed_tokens.weight")
+            for i, layer in enumerate(model.layers):
+                name = f"model.layers.{i}"
+                self._plain(layer.input_layernorm, f"{name}.input_layernorm.weight")
+                row = 0
+                for part in ("q_proj", "k_proj", "v_proj"):
+                    row += self._rows(layer.qkv_proj, "weight", f"{name}.self_attn.{part}.weight", at=row)
+                self._columns(layer.o_proj, "weight", f"{name}.self_attn.o_proj.weight")
+                self._plain(layer.post_attention_layernorm, f"{name}.post_attention_layernorm.weight")
+                self._plain(layer.gate, f"{name}.block_sparse_moe.gate.weight")
+                for e in range(config.num_local_experts):
+                    expert = f"{name}.block_sparse_moe.experts.{e}"
+                    up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e)
+                    self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e)
+                    self._columns(layer, "w2", f"{expert}.w2.weight", expert=e)
+            self._plain(model.norm, "model.norm.weight")
+            head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            self._vocabulary(head)
+
+    def _read(self, name: str) -> tuple[np.ndarray, str]:
+        array, dtype = self.source.read(name)
+        self.bar.update(array.size)
+        return array, dtype
+
+    def _plain(self, target: paddle.Tensor, name: str) -> None:
+        """The whole tensor, the same on every rank, never quantised."""
+        array, dtype = self._read(name)
+        host_view(target)[...] = convert(array, dtype, str(target.dtype).removeprefix("paddle."))
+
+    def _rows(self, layer: paddle.nn.Layer, weight: str, name: str, at: int = 0, expert: int | None = None) -> int:
+        """This rank's share of the output rows, to row ``at`` on; returns how many."""
+        array, dtype = self._read(name)
+        share = array.shape[0] // self.world_size
+        self._fill(layer, weight, array[self.rank * share :][:share], dtype, at, expert)
+        return share
+
+    def _fill(self, layer, weight: str, rows: np.ndarray, dtype: str, at: int, expert: int | None) -> None:
+        target = _part(host_view(getattr(layer, weight)), expert)[at : at + len(rows)]
+        if self.model.quant_type is None:
+            target[...] = convert(rows, dtype, self.model.dtype)
+        else:
+            scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
+            quantize_int8_into(rows, dtype, target, scale)
+
+    def _columns(self, layer: paddle.nn.Layer, weight: str, name: str, expert: int | None = None) -> None:
+        """This rank's share of the input columns; the scale of a row is that of the whole row."""
+        array, dtype = self._read(name)
+        share = array.shape[1] // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        target = _part(host_view(getattr(layer, weight)), expert)
+        if self.model.quant_type is None:
+            target[...] = convert(array[:, mine], dtype, self.model.dtype)
+            return
+        scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
+        if self.world_size == 1:
+            quantize_int8_into(array, dtype, target, scale)
+        else:
+            whole = np.empty(array.shape, np.int8)
+            quantize_int8_into(array, dtype, whole, scale)
+            target[...] = whole[:, mine]
+
+    def _vocabulary(self, name: str) -> None:
+        """This rank's rows of lm_head, zero past the vocabulary."""
+        array, dtype = self._read(name)
+        share = padded_vocab_share(self.config, self.world_size)
+        rows = array[self.rank * share :][:share]
+        self._fill(self.model.lm_head, "weight", rows, dtype, 0, None)
+        host_view(self.model.lm_head.weight)[len(rows) :] = 0
+        if self.model.quant_type is not None:
+            host_view(self.model.lm_head.weight_scale)[len(rows) :] = 1
+
+
+def _part(view: np.ndarray, expert: int | None) -> np.ndarray:
+    return view if expert is None else view[expert]

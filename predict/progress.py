@@ -1,0 +1,25 @@
+"""Progress of long work on standard error: a live bar in a terminal, a line now and then in a log."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_INTERVAL_S = 10.0
+
+
+def progress(description: str, total: int, unit: str, enabled: bool = True, **options: Any) -> tqdm:
+    """A tqdm bar; ``unit`` "B" counts bytes. Ranks other than the first pass enabled=False."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        desc=description,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=not enabled,
+        mininterval=0.1 if live else LOG_INTERVAL_S,
+        maxinterval=LOG_INTERVAL_S,
+        dynamic_ncols=live,
+        file=sys.stderr,
+        **options,
+    )

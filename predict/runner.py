@@ -1,0 +1,89 @@
+"""One step(): the only two places that know whether the network runs as a dynamic graph or as an exported program."""
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import inference
+
+from ops import library
+from predict.engine.batch import INPUT_NAMES, StepBatch
+from predict.model.config import MixtralConfig
+from predict.model.mixtral import Mixtral
+
+
+def cache_shapes(config: MixtralConfig, world_size: int, num_blocks: int, block_size: int) -> list[list[int]]:
+    """Shapes of the step's caches in order: key and value of every layer, [num_blocks, Hkv, block_size, D]."""
+    shape = [num_blocks, config.num_key_value_heads // world_size, block_size, config.head_dim]
+    return [shape] * (2 * config.num_hidden_layers)
+
+
+def cache_names(config: MixtralConfig) -> list[str]:
+    """Names of the caches as inputs of an exported program, in the same order."""
+    return [f"{kind}_cache_{i}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
+
+
+def bytes_per_token(config: MixtralConfig, world_size: int, dtype: str) -> int:
+    """Bytes of KV cache one token takes on one rank."""
+    element = {"float32": 4, "bfloat16": 2}[dtype]
+    return 2 * config.num_hidden_layers * config.num_key_value_heads // world_size * config.head_dim * element
+
+
+def _empty_caches(config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int) -> list[paddle.Tensor]:
+    # Uninitialised on purpose: a page's memory is only touched when tokens are written to it.
+    return [paddle.empty(shape, dtype) for shape in cache_shapes(config, world_size, num_blocks, block_size)]
+
+
+class DynamicRunner:
+    """Steps by calling the network."""
+
+    mode = "dynamic"
+
+    def __init__(self, model: Mixtral, num_blocks: int, block_size: int):
+        self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
+        self.caches = _empty_caches(model.config, model.world_size, model.dtype, num_blocks, block_size)
+
+    def step(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
+        """next_tokens [S] int32 and logprobs [S] float32."""
+        with paddle.no_grad():
+            tokens, logprobs = self.model(*map(paddle.to_tensor, batch.arrays()), self.caches)
+        return tokens.numpy(), logprobs.numpy()
+
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        """The logits [S, V] float32 the step would sample from."""
+        arrays = [paddle.to_tensor(a) for a in batch.arrays()[:5]]
+        with paddle.no_grad():
+            return self.model.logits(*arrays, self.caches).numpy()
+
+
+class StaticRunner:
+    """Steps by running an exported program; its caches are bound once and written in place.
+
+    Args:
+        program: path of the program without its suffix (model.json, model.pdiparams).
+    """
+
+    mode = "static"
+
+    def __init__(self, program: Path, config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        settings = inference.Config(f"{program}.json", f"{program}.pdiparams")
+        settings.disable_gpu()
+        settings.disable_onednn()  # ten times slower than Paddle's own kernels on operators this small
+        settings.disable_glog_info()
+        settings.set_cpu_math_library_num_threads(library.num_threads())
+        self.predictor = inference.create_predictor(settings)
+        self.inputs = [self.predictor.get_input_handle(name) for name in INPUT_NAMES]
+        self.outputs = [self.predictor.get_output_handle(name) for name in self.predictor.get_output_names()]
+        # The predictor keeps no reference to what it shares.
+        self.caches = _empty_caches(config, world_size, dtype, num_blocks, block_size)
+        for name, cache in zip(cache_names(config), self.caches, strict=True):
+            self.predictor.get_input_handle(name).share_external_data(cache)
+
+    def step(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
+        """next_tokens [S] int32 and logprobs [S] float32."""
+        for handle, array in zip(self.inputs, batch.arrays(), strict=True):
+            handle.copy_from_cpu(array)
+        self.predictor.run()
+        tokens, logprobs = (handle.copy_to_cpu() for handle in self.outputs)
+        return tokens, logprobs
