@@ -207,7 +207,7 @@ class _Loader:
             target[...] = convert(rows, dtype, self.model.dtype)
         else:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
-            quantize_int8_into(rows, dtype, target, scale)
+            quantize_int8_into(rows, target, scale, dtype)
 
     def _columns(self, layer: paddle.nn.Layer, weight: str, name: str, expert: int | None = None) -> None:
         """This rank's share of the input columns; the scale of a row is that of the whole row."""
@@ -220,10 +220,10 @@ class _Loader:
             return
         scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
         if self.world_size == 1:
-            quantize_int8_into(array, dtype, target, scale)
+            quantize_int8_into(array, target, scale, dtype)
         else:
             whole = np.empty(array.shape, np.int8)
-            quantize_int8_into(array, dtype, whole, scale)
+            quantize_int8_into(array, whole, scale, dtype)
             target[...] = whole[:, mine]
 
     def _vocabulary(self, name: str) -> None:

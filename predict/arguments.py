@@ -1,0 +1,105 @@
+"""The one set of flags predictor and exporter share, and what they mean together."""
+
+import argparse
+
+from predict.engine.request import SamplingParams
+from predict.model.weights import DEMO
+
+ONLY_PATH = "accepted because scripts for PaddleNLP pass it: it names the only path there is, and changes nothing"
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p")
+# What an exported program leaves open: the exporter has no use for it.
+PREDICTION_FLAGS = (
+    *SAMPLING_FLAGS,
+    *("batch_size", "src_length", "max_length", "total_max_length", "decode_strategy", "repetition_penalty", "seed"),
+    *("data_file", "output_file", "prompt", "chat_template", "benchmark", "verify"),
+)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The command line of ``prog``. A flag that was not given is None, so that a use without effect can be refused."""
+    p = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        default=str(DEMO),
+        help="checkpoint folder, exported folder (--mode static), dummy:mixtral-8x7b (random weights of that size), or a "
+        "remote name such as mistralai/Mixtral-8x7B-Instruct-v0.1; default: the demo checkpoint",
+    )
+    model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
+    model.add_argument("--quant_type", type=_quant_type, metavar="weight_only_int8", help="int8 weights (alias: wint8)")
+    model.add_argument("--mode", choices=["dynamic", "static"], help="default: dynamic")
+    for flag in ("--inference_model", "--block_attn", "--append_attn"):
+        model.add_argument(flag, nargs="?", const=True, type=_only_path, help=ONLY_PATH)
+    model.add_argument("--block_size", type=int, metavar="N", help="tokens in a page of the KV cache; default: 64")
+    model.add_argument("--num_hidden_layers", type=int, metavar="N", help="layers of a dummy model")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
+    model.add_argument("--threads", type=int, metavar="N", help="threads of each rank; default: processors / ranks")
+    model.add_argument("--output_path", metavar="DIR", help="exporter: the folder to write; default: ./inference")
+    model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
+
+    text = p.add_argument_group("requests")
+    text.add_argument("--prompt", metavar="TEXT", help="what to continue; in a terminal, asked for if left out")
+    text.add_argument("--data_file", metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}')
+    text.add_argument("--output_file", metavar="FILE", help="JSONL rows {id, src, output, output_token_ids, finish_reason}")
+    text.add_argument(
+        "--chat_template",
+        metavar="TEMPLATE",
+        help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), or a template file; default: none (raw text)",
+    )
+    text.add_argument("--batch_size", type=int, metavar="N", help="requests that run together; default: 1")
+    text.add_argument("--src_length", type=int, metavar="N", help="tokens of a prompt at the most; default: 1024")
+    text.add_argument("--max_length", type=int, metavar="N", help="new tokens at the most; default: 128")
+    text.add_argument("--total_max_length", type=int, metavar="N", help="both together; default: src_length + max_length")
+    text.add_argument("--benchmark", action="store_true", default=None, help="measure speed on random tokens instead")
+
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--decode_strategy", choices=["greedy_search", "sampling"], help="default: greedy_search")
+    sampling.add_argument("--temperature", type=float, metavar="X", help="default: 1")
+    sampling.add_argument("--top_p", type=float, metavar="X", help="default: 1 (off)")
+    sampling.add_argument("--top_k", type=int, metavar="N", help="default: 0 (off)")
+    sampling.add_argument("--min_p", type=float, metavar="X", help="default: 0 (off)")
+    sampling.add_argument("--repetition_penalty", type=float, metavar="X", help="default: 1 (off)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens; default: 0")
+    return p
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Refuses what needs a GPU.
+
+    Raises:
+        ValueError: --device gpu, or float16, which no CPU kernel has.
+    """
+    if args.device == "gpu":
+        raise ValueError("--device gpu: this version has kernels for the CPU only; use --device cpu")
+    if args.dtype == "float16":
+        raise ValueError("--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32")
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What the sampling flags ask for.
+
+    Raises:
+        ValueError: a value out of range, or a flag that greedy search would ignore.
+    """
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    if args.decode_strategy == "sampling":
+        given.setdefault("temperature", 1.0)
+    elif given:
+        raise ValueError(f"--{next(iter(given))} has no effect on greedy search; add --decode_strategy sampling")
+    for name in ("repetition_penalty", "seed"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    return SamplingParams(max_tokens=128 if args.max_length is None else args.max_length, **given)
+
+
+def _quant_type(text: str) -> str:
+    if text in ("weight_only_int8", "wint8"):
+        return "weight_only_int8"
+    raise argparse.ArgumentTypeError(f"{text!r} is not supported; use weight_only_int8 (or wint8), or leave the flag out")
+
+
+def _only_path(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    raise argparse.ArgumentTypeError(f"{text!r}: this is the only path there is and cannot be switched off; leave the flag out")

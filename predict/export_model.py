@@ -1,0 +1,8 @@
+"""The exporter under the path PaddleNLP's users know; it lives in export/export_model.py."""
+
+import sys
+
+from export.export_model import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The installed command: paddle-mixtral predict ..., paddle-mixtral export ..."""
+
+import sys
+
+USAGE = """usage: paddle-mixtral {predict,export} ...
+
+  predict   generate text: python predict/predictor.py
+  export    write a static program: python predict/export_model.py
+
+`paddle-mixtral predict --help` and `paddle-mixtral export --help` list the flags."""
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    # Imported when chosen: Paddle takes a second to load, --help should not.
+    if command == "predict":
+        from predict.predictor import main as run
+    elif command == "export":
+        from export.export_model import main as run
+    else:
+        wants_help = command in ("-h", "--help")
+        print(USAGE, file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The command line that generates: one model, dynamic or static, on one rank or many.
+
+    python ./predict/predictor.py --model_name_or_path DIR --dtype bfloat16 --mode dynamic --inference_model --append_attn
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import TextIO
+
+from ops import library
+from predict import benchmark
+from predict.arguments import check_device, parser, sampling_params
+from predict.command import run_command
+from predict.dataset import Row, read_rows
+from predict.engine.engine import batches
+from predict.engine.request import SamplingParams
+from predict.llm import LLM, Completion
+from predict.parallel import Ranks
+from predict.progress import progress
+
+EXAMPLE_PROMPT = "This module provides"
+DEFAULT_SRC_LENGTH = 1024
+
+
+def predict(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Runs the predictor on this rank; rank 0 alone prints and writes."""
+    check_device(args)
+    if args.output_path is not None:
+        raise ValueError("--output_path is where the exporter writes; the predictor writes answers to --output_file")
+    params = sampling_params(args)
+    src_length = DEFAULT_SRC_LENGTH if args.src_length is None else args.src_length
+    first = ranks.rank == 0
+    rows = [] if args.benchmark else _rows(args, ranks)
+    started = time.perf_counter()
+    llm = LLM(
+        args.model_name_or_path,
+        mode=args.mode or "dynamic",
+        dtype=args.dtype,
+        quant_type=args.quant_type,
+        batch_size=1 if args.batch_size is None else args.batch_size,
+        total_max_length=_total_max_length(args, src_length, params),
+        block_size=args.block_size,
+        threads=args.threads,
+        chat_template=None if args.chat_template in (None, "none", "default") else args.chat_template,
+        verify=bool(args.verify),
+        num_hidden_layers=args.num_hidden_layers,
+        ranks=ranks,
+    )
+    if first:
+        print(
+            f"{llm.mode} {llm.dtype}{' weight_only_int8' if llm.quant_type else ''}, {ranks.world_size} rank(s) of "
+            f"{library.num_threads()} thread(s), {library.cpu_isa()}, ready in {time.perf_counter() - started:.1f} s",
+            file=sys.stderr,
+        )
+    if args.benchmark:
+        benchmark.run(llm, first)
+        return
+    chat = args.chat_template not in (None, "none")
+    prompts = [_encode(llm, row, chat, src_length) for row in rows]
+    with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else _NoFile() as output:
+        _answer(llm, rows, prompts, params, chat, output, first)
+
+
+def _rows(args: argparse.Namespace, ranks: Ranks) -> list[Row]:
+    if args.data_file is not None:
+        if args.prompt is not None:
+            raise ValueError("--prompt and --data_file were both given; give one of them")
+        return read_rows(args.data_file)
+    if args.prompt is not None:
+        return [Row(0, args.prompt)]
+    if ranks.world_size == 1 and sys.stdin.isatty():
+        return [Row(0, input("Prompt: "))]
+    if ranks.rank == 0:
+        print(f"no --prompt, no --data_file and no terminal to ask in: continuing {EXAMPLE_PROMPT!r}", file=sys.stderr)
+    return [Row(0, EXAMPLE_PROMPT)]
+
+
+def _total_max_length(args: argparse.Namespace, src_length: int, params: SamplingParams) -> int | None:
+    if src_length < 1:
+        raise ValueError(f"--src_length is {src_length}, needs a positive number")
+    if args.total_max_length is not None:
+        return args.total_max_length
+    if args.benchmark:
+        return benchmark.TOTAL_MAX_LENGTH
+    return None if args.src_length is None and args.max_length is None else src_length + params.max_tokens
+
+
+def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
+    if chat:
+        ids = llm.tokenizer.apply_chat_template([{"role": "user", "content": row.src}], llm.chat_template)
+    else:
+        ids = llm.tokenizer.encode(row.src)
+    if len(ids) > src_length:
+        raise ValueError(f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text")
+    return ids
+
+
+def _answer(
+    llm: LLM, rows: list[Row], prompts: list[list[int]], params: SamplingParams, chat: bool, output: TextIO | None, first: bool
+) -> None:
+    """Batch after batch, each row printed or written as soon as its batch is done."""
+    alone = len(rows) == 1 and first
+    stream = _Stream(llm, prompts[0], chat, rows[0].src) if alone else None
+    with progress("generating", len(rows), "row", first and not alone) as bar:
+        for batch in batches(list(zip(rows, prompts, strict=True)), llm.batch_size):
+            completions = llm.complete([p for _, p in batch], params, stream, chat)
+            for (row, _), completion in zip(batch, completions, strict=True):
+                if stream is not None:
+                    stream.finish()
+                elif first and output is None:
+                    print(f"[{row.id}] {row.src}{'' if not chat else chr(10)}{completion.text}\n")
+                if output is not None:
+                    output.write(_record(row, completion) + "\n")
+                    output.flush()
+            bar.update(len(batch))
+
+
+def _record(row: Row, completion: Completion) -> str:
+    return json.dumps(
+        {
+            "id": row.id,
+            "src": row.src,
+            "output": completion.text,
+            "output_token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+        },
+        ensure_ascii=False,
+    )
+
+
+class _Stream:
+    """Prints one answer as its tokens come, after the prompt it continues."""
+
+    def __init__(self, llm: LLM, prompt: list[int], chat: bool, text: str):
+        self.detokenizer = llm.tokenizer.detokenizer(prompt, chat)
+        print(text, end="\n" if chat else "", flush=True)
+
+    def __call__(self, index: int, token: int) -> None:
+        print(self.detokenizer.push(token), end="", flush=True)
+
+    def finish(self) -> None:
+        print(self.detokenizer.finish(), flush=True)
+
+
+class _NoFile:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser("predictor.py", "Generates text with Mixtral, from a checkpoint or an exported program.").parse_args(argv)
+    return run_command(lambda ranks: predict(args, ranks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
