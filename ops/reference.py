@@ -19,3 +19,56 @@ def add_rms_norm(
     """ops.norm.add_rms_norm: residual, delta [T, H], weight [H] -> (normalised, sum)."""
     total = residual + delta
     return rms_norm(total, weight, eps), total
+
+
+def rotary(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
+    """NeoX rotary embedding of heads x [T, heads, D] at positions [T], angles in float32."""
+    half = x.shape[-1] // 2
+    inv_freq = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
+    angles = positions.astype(np.float32)[:, None, None] * inv_freq
+    cos, sin = np.cos(angles.astype(np.float64)).astype(np.float32), np.sin(angles.astype(np.float64)).astype(np.float32)
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def append_attention(
+    qkv: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    cu_seqlens: np.ndarray,
+    context_lens: np.ndarray,
+    block_tables: np.ndarray,
+    num_heads: int,
+    num_kv_heads: int,
+    rope_theta: float,
+    sliding_window: int = 0,
+) -> np.ndarray:
+    """ops.attention.append_attention: qkv [T, (Hq + 2 Hkv) * D], caches written in place -> [T, Hq * D].
+
+    For bfloat16, pass the float32 values and round the caches afterwards: keys are not rounded here.
+    """
+    block_size, head_dim = key_cache.shape[2:]
+    heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
+    out = np.zeros((len(qkv), num_heads, head_dim), np.float32)
+    for b, context in enumerate(context_lens):
+        rows = slice(cu_seqlens[b], cu_seqlens[b + 1])
+        length = rows.stop - rows.start
+        positions = context + np.arange(length)
+        q = rotary(heads[rows, :num_heads], positions, rope_theta)
+        pages, slots = block_tables[b, positions // block_size], positions % block_size
+        key_cache[pages, :, slots] = rotary(heads[rows, num_heads:-num_kv_heads], positions, rope_theta)
+        value_cache[pages, :, slots] = heads[rows, -num_kv_heads:]
+
+        past = np.arange(context + length)
+        pages, slots = block_tables[b, past // block_size], past % block_size
+        groups = num_heads // num_kv_heads
+        keys = np.repeat(key_cache[pages, :, slots], groups, axis=1)  # [context + length, Hq, D]
+        values = np.repeat(value_cache[pages, :, slots], groups, axis=1)
+        seen = past[None, :] <= positions[:, None]
+        if sliding_window:
+            seen &= past[None, :] > positions[:, None] - sliding_window
+        scores = np.einsum("qhd,khd->hqk", q, keys) / np.sqrt(np.float32(head_dim))
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) if length else scores
+        out[rows] = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), values)
+    return out.reshape(len(qkv), -1)

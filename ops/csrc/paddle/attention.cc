@@ -1,0 +1,92 @@
+// pm_append_attention: checks and allocation around kernels/include/attention.h.
+#include "../kernels/include/attention.h"
+
+#include <cmath>
+
+#include "binding.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+using Shape = std::vector<int64_t>;
+
+constexpr const char* kOp = "append_attention";
+
+// Every row has one sequence, and every position the new rows write or read has a page of the cache.
+void check_sequences(const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* block_tables, int64_t T,
+                     int64_t B, int64_t M, int64_t num_blocks, int64_t block_size, int64_t window) {
+  if (cu_seqlens[0] != 0) pm::fail(kOp, "cu_seqlens[0] is ", cu_seqlens[0], ", needs 0");
+  if (cu_seqlens[B] != T) pm::fail(kOp, "cu_seqlens[", B, "] is ", cu_seqlens[B], ", needs ", T, ", the rows of qkv");
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = int64_t{cu_seqlens[b + 1]} - cu_seqlens[b], context = context_lens[b];
+    if (length < 0)
+      pm::fail(kOp, "cu_seqlens[", b + 1, "] is ", cu_seqlens[b + 1], ", needs at least cu_seqlens[", b,
+               "] = ", cu_seqlens[b]);
+    if (context < 0) pm::fail(kOp, "context_lens[", b, "] is ", context, ", needs 0 or more");
+    if (length == 0) continue;
+    const int64_t end = context + length;
+    if (end > M * block_size)
+      pm::fail(kOp, "sequence ", b, " reaches ", end, " tokens (context_lens ", context, " + ", length,
+               " new), but a row of block_tables has room for ", M * block_size, " (", M, " pages of ", block_size, ")");
+    const int64_t first = window > 0 && context >= window ? context - window + 1 : 0;
+    for (int64_t page = first / block_size; page * block_size < end; ++page)
+      if (block_tables[b * M + page] < 0 || block_tables[b * M + page] >= num_blocks)
+        pm::fail(kOp, "block_tables[", b, ", ", page, "] is ", block_tables[b * M + page], ", but sequence ", b,
+                 " needs a page (0 to ", num_blocks - 1, ") for its positions from ", page * block_size, " on");
+  }
+}
+
+std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const Tensor& cu_seqlens,
+                                     const Tensor& context_lens, const Tensor& block_tables, int num_heads, int num_kv_heads,
+                                     double rope_theta, int64_t sliding_window) {
+  if (num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0)
+    pm::fail(kOp, "num_heads is ", num_heads, ", needs a positive multiple of num_kv_heads = ", num_kv_heads);
+  if (!(rope_theta > 0) || !std::isfinite(rope_theta))
+    pm::fail(kOp, "rope_theta is ", rope_theta, ", needs a positive number");
+  if (sliding_window < 0)
+    pm::fail(kOp, "sliding_window is ", sliding_window, ", needs a number of positions, or 0 for none");
+  pm::check_tensor(kOp, "key_cache", key_cache, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, num_kv_heads, -1, -1});
+  const Shape cache = key_cache.shape();
+  const int64_t num_blocks = cache[0], block_size = cache[2], D = cache[3];
+  pm::check_tensor(kOp, "value_cache", value_cache, {key_cache.dtype()}, cache);
+  if (D < 2 || D % 2 != 0) pm::fail(kOp, "head_dim is ", D, " (the last size of key_cache), needs a positive even number");
+  if (block_size < 1) pm::fail(kOp, "block_size is ", block_size, " (the third size of key_cache), needs 1 or more");
+  pm::check_tensor(kOp, "qkv", qkv, {key_cache.dtype()}, {-1, (int64_t{num_heads} + 2 * int64_t{num_kv_heads}) * D});
+  pm::check_tensor(kOp, "context_lens", context_lens, {DataType::INT32}, {-1});
+  const int64_t T = qkv.shape()[0], B = context_lens.shape()[0];
+  pm::check_tensor(kOp, "cu_seqlens", cu_seqlens, {DataType::INT32}, {B + 1});
+  pm::check_tensor(kOp, "block_tables", block_tables, {DataType::INT32}, {B, -1});
+  const int64_t M = block_tables.shape()[1];
+  check_sequences(cu_seqlens.data<int32_t>(), context_lens.data<int32_t>(), block_tables.data<int32_t>(), T, B, M,
+                  num_blocks, block_size, sliding_window);
+
+  Tensor out = paddle::empty({T, num_heads * D}, qkv.dtype(), qkv.place());
+  pm::check_status(
+      kOp, pm_cpu_append_attention(qkv.data(), pm::abi_dtype(qkv.dtype()), key_cache.data(), value_cache.data(),
+                                   cu_seqlens.data<int32_t>(), context_lens.data<int32_t>(), block_tables.data<int32_t>(),
+                                   out.data(), T, B, M, num_heads, num_kv_heads, D, block_size, rope_theta, sliding_window,
+                                   static_cast<float>(1.0 / std::sqrt(static_cast<double>(D))), nullptr));
+  return {out};
+}
+
+// The caches keep their own shape and dtype: Paddle copies those of a pair in place.
+std::vector<Shape> append_attention_shape(const Shape& qkv, const Shape& key_cache, const Shape&, const Shape&, const Shape&,
+                                          const Shape&, int num_heads, int, double, int64_t) {
+  return {{qkv[0], num_heads * key_cache[3]}};
+}
+std::vector<DataType> append_attention_dtype(const DataType& qkv, const DataType&, const DataType&, const DataType&,
+                                             const DataType&, const DataType&) {
+  return {qkv};
+}
+
+}  // namespace
+
+PD_BUILD_OP(pm_append_attention)
+    .Inputs({"Qkv", "KeyCache", "ValueCache", "CuSeqlens", "ContextLens", "BlockTables"})
+    .Outputs({"Out", "KeyCacheOut", "ValueCacheOut"})
+    .Attrs({"num_heads: int", "num_kv_heads: int", "rope_theta: double", "sliding_window: int64_t"})
+    .SetInplaceMap({{"KeyCache", "KeyCacheOut"}, {"ValueCache", "ValueCacheOut"}})
+    .SetKernelFn(PD_KERNEL(append_attention))
+    .SetInferShapeFn(PD_INFER_SHAPE(append_attention_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(append_attention_dtype));
