@@ -26,7 +26,10 @@ def rotary(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
     half = x.shape[-1] // 2
     inv_freq = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
     angles = positions.astype(np.float32)[:, None, None] * inv_freq
-    cos, sin = np.cos(angles.astype(np.float64)).astype(np.float32), np.sin(angles.astype(np.float64)).astype(np.float32)
+    cos, sin = (
+        np.cos(angles.astype(np.float64)).astype(np.float32),
+        np.sin(angles.astype(np.float64)).astype(np.float32),
+    )
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
