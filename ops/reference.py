@@ -75,3 +75,48 @@ def append_attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) if length else scores
         out[rows] = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), values)
     return out.reshape(len(qkv), -1)
+def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """ops.linear.linear: x [T, K], weight [N, K] -> [T, N]."""
+    return x @ weight.T
+
+
+def weight_only_linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """ops.linear.weight_only_linear: x [T, K], weight [N, K] int8, scale [N] -> [T, N]."""
+    return (x @ weight.astype(np.float32).T) * scale
+
+
+def quantize_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ops.quantize.quantize_int8: weight [N, K] -> (q [N, K] int8, scale [N])."""
+    weight = weight.astype(np.float32)
+    scale = np.abs(weight).max(axis=-1) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
+
+
+def dequantize_int8(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The weight that q [..., N, K] and scale [..., N] stand for."""
+    return q.astype(np.float32) * scale[..., None]
+
+
+def route(x: np.ndarray, gate: np.ndarray, top_k: int) -> np.ndarray:
+    """The share [T, E] of each expert in each token of x [T, H] that ops.moe.fused_moe computes; gate [E, H]."""
+    logits = x @ gate.T
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]  # stable: ties go to the lower index
+    share = np.zeros_like(p)
+    np.put_along_axis(share, chosen, np.take_along_axis(p, chosen, axis=-1), axis=-1)
+    return share / share.sum(axis=-1, keepdims=True)
+
+
+def fused_moe(x: np.ndarray, gate: np.ndarray, w13: np.ndarray, w2: np.ndarray, top_k: int) -> np.ndarray:
+    """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H].
+
+    int8 weights come in dequantised.
+    """
+    share = route(x, gate, top_k)
+    y = np.zeros_like(x)
+    for e in range(gate.shape[0]):
+        hidden, up = np.split(x @ w13[e].T, 2, axis=-1)
+        y += share[:, e : e + 1] * ((hidden / (1 + np.exp(-hidden)) * up) @ w2[e].T)
+    return y

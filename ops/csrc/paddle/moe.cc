@@ -1,0 +1,60 @@
+// pm_fused_moe: checks and allocation around kernels/include/moe.h.
+#include "../kernels/include/moe.h"
+
+#include "binding.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+using Shape = std::vector<int64_t>;
+
+std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor& w13, const Tensor& w2,
+                              const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale,
+                              int top_k) {
+  const char* op = "fused_moe";
+  pm::check_tensor(op, "x", x, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, -1});
+  const int64_t T = x.shape()[0], H = x.shape()[1];
+  pm::check_tensor(op, "gate", gate, {DataType::FLOAT32}, {-1, H});
+  const int64_t E = gate.shape()[0];
+  pm::check_tensor(op, "w13", w13, {DataType::FLOAT32, DataType::BFLOAT16, DataType::INT8}, {E, -1, H});
+  if (w13.shape()[1] % 2 != 0)
+    pm::fail(op, "w13 has ", w13.shape()[1], " rows an expert, needs an even number (w1 above w3)");
+  const int64_t I = w13.shape()[1] / 2;
+  pm::check_tensor(op, "w2", w2, {w13.dtype()}, {E, H, I});
+  const bool quantised = w13.dtype() == DataType::INT8;
+  if (quantised != static_cast<bool>(w13_scale) || quantised != static_cast<bool>(w2_scale))
+    pm::fail(op, "w13 and w2 are ", pm::dtype_name(w13.dtype()), ", w13_scale is ", w13_scale ? "given" : "None",
+             " and w2_scale is ", w2_scale ? "given" : "None", ": both are needed for int8 weights, neither for others");
+  if (quantised) {
+    pm::check_tensor(op, "w13_scale", *w13_scale, {DataType::FLOAT32}, {E, 2 * I});
+    pm::check_tensor(op, "w2_scale", *w2_scale, {DataType::FLOAT32}, {E, H});
+  }
+  if (T < 1 || H < 1 || I < 1 || E < 1)
+    pm::fail(op, "needs T, H, I and E >= 1, found T = ", T, ", H = ", H, ", I = ", I, ", E = ", E);
+  if (top_k < 1 || top_k > E) pm::fail(op, "top_k is ", top_k, ", needs 1 to the number of experts, ", E);
+  Tensor y = paddle::empty({T, H}, DataType::FLOAT32, x.place());
+  pm::check_status(
+      op, pm_cpu_fused_moe(x.data(), pm::abi_dtype(x.dtype()), gate.data<float>(), w13.data(), w2.data(),
+                           pm::abi_dtype(w13.dtype()), quantised ? w13_scale->data<float>() : nullptr,
+                           quantised ? w2_scale->data<float>() : nullptr, y.data<float>(), T, H, I, E, top_k, nullptr));
+  return {y};
+}
+std::vector<Shape> fused_moe_shape(const Shape& x, const Shape&, const Shape&, const Shape&, const paddle::optional<Shape>&,
+                                   const paddle::optional<Shape>&) {
+  return {x};
+}
+std::vector<DataType> fused_moe_dtype(const DataType&, const DataType&, const DataType&, const DataType&,
+                                      const paddle::optional<DataType>&, const paddle::optional<DataType>&) {
+  return {DataType::FLOAT32};
+}
+
+}  // namespace
+
+PD_BUILD_OP(pm_fused_moe)
+    .Inputs({"X", "Gate", "W13", "W2", paddle::Optional("W13Scale"), paddle::Optional("W2Scale")})
+    .Outputs({"Y"})
+    .Attrs({"top_k: int"})
+    .SetKernelFn(PD_KERNEL(fused_moe))
+    .SetInferShapeFn(PD_INFER_SHAPE(fused_moe_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fused_moe_dtype));

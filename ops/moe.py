@@ -1,0 +1,38 @@
+"""Sparse mixture of experts as Mixtral has it: router, experts and their weighted sum in one operator."""
+
+import paddle
+
+from ops.library import run
+
+
+def fused_moe(
+    x: paddle.Tensor,
+    gate: paddle.Tensor,
+    w13: paddle.Tensor,
+    w2: paddle.Tensor,
+    top_k: int,
+    w13_scale: paddle.Tensor | None = None,
+    w2_scale: paddle.Tensor | None = None,
+) -> paddle.Tensor:
+    """``y[t] = sum_e p[t, e] * w2[e] (silu(w1[e] x[t]) * (w3[e] x[t]))`` over the ``top_k`` experts of largest
+    ``softmax(x[t] gate^T)`` (ties: the lower index), their probabilities renormalised to sum 1.
+
+    All arithmetic is float32; a row of the result depends on its row of ``x`` alone, bit for bit.
+
+    Args:
+        x: [T, H] float32 or bfloat16, T >= 1.
+        gate: [E, H] float32.
+        w13: [E, 2I, H] float32, bfloat16 or int8; rows 0..I-1 of an expert are w1 (gate), rows I..2I-1 w3 (up).
+        w2: [E, H, I] of the same dtype.
+        top_k: experts a token; 1 to E.
+        w13_scale, w2_scale: [E, 2I] and [E, H] float32 for int8 weights, None for others.
+
+    Returns:
+        [T, H] float32.
+
+    Raises:
+        ValueError: a shape (T = 0 included), dtype, device or top_k other than the above.
+
+    Source: Jiang et al., Mixtral of Experts, arXiv:2401.04088.
+    """
+    return run("pm_fused_moe", x, gate, w13, w2, w13_scale, w2_scale, top_k)[0]

@@ -1,0 +1,185 @@
+"""ops.moe against the reference in float64, over odd sizes, routings and types, and its bits against themselves."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+
+from ops import library, reference
+from ops.moe import fused_moe
+from ops.quantize import quantize_int8
+
+# (T, H, I, E): E not a power of two, H and I not multiples of 16, more tokens than a panel (6) and a task (96) hold.
+SIZES = [(1, 16, 16, 1), (1, 77, 33, 5), (2, 64, 48, 3), (9, 40, 530, 8), (30, 531, 70, 3), (130, 35, 50, 17)]
+# Sums of some hundred float32 products of order one, passed through two layers; relative to the largest result.
+TOLERANCE = 5e-6
+THREADS = library.num_threads()
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    yield
+    library.set_num_threads(THREADS)
+
+
+class Layer:
+    """A random layer whose weights are of `dtype`; `exact` holds the values they stand for in float64."""
+
+    def __init__(self, hidden, intermediate, experts, dtype, seed=0):
+        generator = np.random.default_rng(seed)
+        gate = generator.standard_normal([experts, hidden], np.float32)
+        w13 = generator.standard_normal([experts, 2 * intermediate, hidden], np.float32) / np.float32(hidden**0.5)
+        w2 = generator.standard_normal([experts, hidden, intermediate], np.float32) / np.float32(intermediate**0.5)
+        self.gate = paddle.to_tensor(gate)
+        self.tensors = [self._store(w, dtype) for w in (w13, w2)]
+        self.exact = [gate.astype(np.float64), *(self._exact(*stored) for stored in self.tensors)]
+
+    @staticmethod
+    def _store(weight, dtype):
+        if dtype != "int8":
+            return paddle.to_tensor(weight).astype(dtype), None
+        q, scale = quantize_int8(paddle.to_tensor(weight).flatten(0, 1))
+        return q.reshape(weight.shape), scale.reshape(weight.shape[:2])
+
+    @staticmethod
+    def _exact(weight, scale):
+        if scale is None:
+            return weight.astype("float32").numpy().astype(np.float64)
+        return reference.dequantize_int8(weight.numpy(), scale.numpy().astype(np.float64))
+
+    def __call__(self, x, top_k):
+        (w13, w13_scale), (w2, w2_scale) = self.tensors
+        return fused_moe(x, self.gate, w13, w2, top_k, w13_scale, w2_scale)
+
+
+def tokens_of(count, hidden, dtype="float32", seed=1):
+    return paddle.to_tensor(np.random.default_rng(seed).standard_normal([count, hidden], np.float32)).astype(dtype)
+
+
+def assert_is_the_reference(layer, x, top_k):
+    y = layer(x, top_k)
+    expected = reference.fused_moe(x.astype("float32").numpy().astype(np.float64), *layer.exact, top_k)
+    assert (y.shape, y.dtype) == (x.shape, paddle.float32)
+    np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate", "experts"), SIZES)
+def test_fused_moe_is_the_reference(tokens, hidden, intermediate, experts, x_dtype, w_dtype):
+    layer = Layer(hidden, intermediate, experts, w_dtype, seed=hidden)
+    assert_is_the_reference(layer, tokens_of(tokens, hidden, x_dtype), min(2, experts))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5])
+def test_every_top_k(top_k):
+    assert_is_the_reference(Layer(48, 32, 5, "float32"), tokens_of(20, 48), top_k)
+
+
+def test_more_tokens_than_a_block_holds():
+    assert_is_the_reference(Layer(24, 20, 3, "int8"), tokens_of(1100, 24), 2)
+
+
+def test_ties_go_to_the_lower_index():
+    layer, x = Layer(32, 16, 5, "float32"), tokens_of(7, 32)
+    gate = np.zeros([5, 32], np.float32)
+    gate[1] = -1
+    x = paddle.concat([x.abs() + 0.1, paddle.zeros([1, 32])])
+    layer.gate, layer.exact[0] = paddle.to_tensor(gate), gate.astype(np.float64)
+    share = reference.route(x.numpy(), gate, 2)
+    np.testing.assert_array_equal(share[:7], [[0.5, 0, 0.5, 0, 0]] * 7)
+    np.testing.assert_array_equal(share[7], [0.5, 0.5, 0, 0, 0])
+    assert_is_the_reference(layer, x, 2)
+
+
+def test_experts_without_tokens_are_not_read():
+    layer, x = Layer(32, 16, 4, "float32"), tokens_of(9, 32).abs()
+    gate = np.array([[1], [-1], [2], [-2]], np.float32) * np.ones([1, 32], np.float32)
+    layer.gate, layer.exact[0] = paddle.to_tensor(gate), gate.astype(np.float64)
+    (w13, _), (w2, _) = layer.tensors
+    poison = paddle.to_tensor(np.array([0, np.nan, 0, np.nan], np.float32)).reshape([4, 1, 1])
+    layer.tensors = [(w13 + poison, None), (w2 + poison, None)]
+    assert_is_the_reference(layer, x, 2)
+
+
+def test_very_sure_and_very_large_tokens():
+    layer, x = Layer(32, 16, 4, "float32"), tokens_of(9, 32) * 100.0
+    assert_is_the_reference(layer, x, 2)
+
+
+@pytest.mark.parametrize("w_dtype", ["bfloat16", "int8"])
+def test_tokens_do_not_depend_on_their_batch_or_the_threads(w_dtype):
+    layer, x = Layer(150, 70, 5, w_dtype), tokens_of(70, 150, "bfloat16")
+    alone = np.concatenate([layer(x[t : t + 1], 2).numpy() for t in range(70)])
+    for threads in (1, 2, 3):
+        library.set_num_threads(threads)
+        for tokens in range(1, 71):
+            np.testing.assert_array_equal(layer(x[70 - tokens :], 2).numpy(), alone[70 - tokens :])
+
+
+def digest() -> str:
+    """Of the outputs for few and many tokens and every weight type, H and I not multiples of 16."""
+    sha = hashlib.sha256()
+    for dtype in ("float32", "bfloat16", "int8"):
+        layer = Layer(531, 37, 5, dtype)
+        for tokens in (1, 3, 40):
+            sha.update(layer(tokens_of(tokens, 531, "bfloat16"), 2).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_instruction_sets_agree(isa):
+    script = "import sys; sys.path.insert(0, 'tests/ops'); import test_moe; print(test_moe.digest())"
+    environment = {**os.environ, "PADDLE_MIXTRAL_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "which this processor or build does not have" in run.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == digest()
+
+
+def test_shape_is_inferred_for_any_number_of_tokens():
+    def moe(x, gate, w13, w2):
+        return fused_moe(x, gate, w13, w2, 2)
+
+    shapes = [[-1, 16], [4, 16], [4, 64, 16], [4, 16, 32]]
+    specs = [paddle.static.InputSpec(shape, "float32") for shape in shapes]
+    traced = paddle.jit.to_static(moe, input_spec=specs, full_graph=True)  # keeps the program and so its values alive
+    (y,) = traced.concrete_program.outputs
+    assert (list(y.shape), y.dtype) == ([-1, 16], paddle.float32)
+
+
+GOOD = {
+    "x": paddle.zeros([2, 16]),
+    "gate": paddle.zeros([3, 16]),
+    "w13": paddle.zeros([3, 8, 16]),
+    "w2": paddle.zeros([3, 16, 4]),
+    "top_k": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": paddle.zeros([0, 16])}, "fused_moe: needs T, H, I and E >= 1, found T = 0"),
+        ({"gate": paddle.zeros([3, 16], "bfloat16")}, "gate is bfloat16, needs float32"),
+        ({"w13": paddle.zeros([4, 8, 16])}, r"w13 has shape \[4, 8, 16\], needs \[3, -1, 16\]"),
+        ({"w13": paddle.zeros([3, 7, 16])}, "w13 has 7 rows an expert, needs an even number"),
+        ({"w2": paddle.zeros([3, 16, 4], "bfloat16")}, "w2 is bfloat16, needs float32"),
+        ({"w2": paddle.zeros([3, 16, 5])}, r"w2 has shape \[3, 16, 5\], needs \[3, 16, 4\]"),
+        ({"top_k": 4}, "top_k is 4, needs 1 to the number of experts, 3"),
+        ({"top_k": 0}, "top_k is 0, needs 1 to the number of experts, 3"),
+        ({"w13_scale": paddle.zeros([3, 8])}, "w13_scale is given and w2_scale is None"),
+        (
+            {"w13": paddle.zeros([3, 8, 16], "int8"), "w2": paddle.zeros([3, 16, 4], "int8")},
+            "both are needed for int8 weights",
+        ),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        fused_moe(**{**GOOD, **change})
