@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -61,13 +62,14 @@ class BuildOperators(build_ext):
 
         include = paddle.sysconfig.get_include()
         libraries = [paddle.sysconfig.get_lib(), str(Path(paddle.__file__).parent / "base")]
-        objects = []
+        jobs = []
+        for source in sorted(BINDINGS.glob("*.cc")):
+            jobs.append((source, Path("paddle"), [*BINDING_FLAGS, f"-I{include}", f"-I{include}/third_party"]))
         for source in sorted(CPU_KERNELS.glob("*.cc")):
             variants = {"baseline": []} if source.name in BASELINE_ONLY else ISA_FLAGS
-            for isa, flags in variants.items():
-                objects += self._compile(source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags], [])
-        for source in sorted(BINDINGS.glob("*.cc")):
-            objects += self._compile(source, Path("paddle"), BINDING_FLAGS, [include, f"{include}/third_party"])
+            jobs += [(source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags]) for isa, flags in variants.items()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda job: self._compile(*job), jobs))
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
@@ -77,17 +79,15 @@ class BuildOperators(build_ext):
             target_lang="c++",
         )
 
-    def _compile(self, source: Path, folder: Path, flags: list[str], include_dirs: list[str]) -> list[str]:
-        """Compiles one file into its own folder, unless the object is newer than every source of this library."""
-        output = Path(self.build_temp) / folder / source.stem
-        expected = output.with_suffix(".o")
+    def _compile(self, source: Path, folder: Path, flags: list[str]) -> str:
+        """Compiles one file into its own folder, unless the object is newer than the source and every header."""
+        target = Path(self.build_temp) / folder / f"{source.stem}.o"
         headers = [*CPU_KERNELS.glob("*.h"), *(CPU_KERNELS.parent / "include").glob("*.h"), *BINDINGS.glob("*.h")]
         newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", *headers])
-        if expected.exists() and expected.stat().st_mtime > newest:
-            return [str(expected)]
-        expected.parent.mkdir(parents=True, exist_ok=True)
-        self.spawn(["g++", *flags, *[f"-I{d}" for d in include_dirs], "-c", str(source), "-o", str(expected)])
-        return [str(expected)]
+        if not target.exists() or target.stat().st_mtime <= newest:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn(["g++", *flags, "-c", str(source), "-o", str(target)])
+        return str(target)
 
 
 setup(

@@ -1,6 +1,6 @@
 """The command line that exports: traces the step of a checkpoint and writes a self-describing folder.
 
-    python ./predict/export_model.py --model_name_or_path DIR --output_path ./inference --dtype bfloat16 --inference_model
+python ./predict/export_model.py --model_name_or_path DIR --output_path ./inference --dtype bfloat16 --inference_model
 """
 
 import argparse
@@ -54,7 +54,9 @@ def export_model(
     program.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     if first:
-        print(f"exporting: tracing {source.config.num_hidden_layers} layers and writing {program.parent}", file=sys.stderr)
+        print(
+            f"exporting: tracing {source.config.num_hidden_layers} layers and writing {program.parent}", file=sys.stderr
+        )
     save_program(network, program, block_size)
     ranks.barrier()
     if first:
@@ -73,7 +75,9 @@ def _clear(folder: Path) -> None:
         raise ConfigError(f"--output_path {folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     names = {p.name for p in folder.iterdir()}
-    foreign = sorted(n for n in names if n not in {MANIFEST, f"{MANIFEST}.partial", *COPIED} and not n.startswith("rank_"))
+    foreign = sorted(
+        n for n in names if n not in {MANIFEST, f"{MANIFEST}.partial", *COPIED} and not n.startswith("rank_")
+    )
     if foreign or (names and not any(n.startswith("rank_") for n in names)):
         raise ConfigError(
             f"--output_path {folder} holds {(foreign or sorted(names))[0]}, which no export wrote; give an empty or new folder"
@@ -88,7 +92,9 @@ def export(args: argparse.Namespace, ranks: Ranks) -> None:
     check_device(args)
     for flag in PREDICTION_FLAGS:
         if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag} is decided when predicting: an exported program takes any; give it to predictor.py")
+            raise ValueError(
+                f"--{flag} is decided when predicting: an exported program takes any; give it to predictor.py"
+            )
     if args.mode == "static":
         raise ValueError("--mode static: the exporter reads a checkpoint, which is dynamic; leave --mode out")
     if args.threads is not None or ranks.local_threads:

@@ -75,6 +75,8 @@ def append_attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) if length else scores
         out[rows] = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), values)
     return out.reshape(len(qkv), -1)
+
+
 def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """ops.linear.linear: x [T, K], weight [N, K] -> [T, N]."""
     return x @ weight.T

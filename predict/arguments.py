@@ -41,7 +41,9 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     text = p.add_argument_group("requests")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue; in a terminal, asked for if left out")
     text.add_argument("--data_file", metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}')
-    text.add_argument("--output_file", metavar="FILE", help="JSONL rows {id, src, output, output_token_ids, finish_reason}")
+    text.add_argument(
+        "--output_file", metavar="FILE", help="JSONL rows {id, src, output, output_token_ids, finish_reason}"
+    )
     text.add_argument(
         "--chat_template",
         metavar="TEMPLATE",
@@ -50,7 +52,9 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     text.add_argument("--batch_size", type=int, metavar="N", help="requests that run together; default: 1")
     text.add_argument("--src_length", type=int, metavar="N", help="tokens of a prompt at the most; default: 1024")
     text.add_argument("--max_length", type=int, metavar="N", help="new tokens at the most; default: 128")
-    text.add_argument("--total_max_length", type=int, metavar="N", help="both together; default: src_length + max_length")
+    text.add_argument(
+        "--total_max_length", type=int, metavar="N", help="both together; default: src_length + max_length"
+    )
     text.add_argument("--benchmark", action="store_true", default=None, help="measure speed on random tokens instead")
 
     sampling = p.add_argument_group("sampling")
@@ -96,10 +100,14 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def _quant_type(text: str) -> str:
     if text in ("weight_only_int8", "wint8"):
         return "weight_only_int8"
-    raise argparse.ArgumentTypeError(f"{text!r} is not supported; use weight_only_int8 (or wint8), or leave the flag out")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not supported; use weight_only_int8 (or wint8), or leave the flag out"
+    )
 
 
 def _only_path(text: str) -> bool:
     if text.lower() in ("1", "true", "yes"):
         return True
-    raise argparse.ArgumentTypeError(f"{text!r}: this is the only path there is and cannot be switched off; leave the flag out")
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: this is the only path there is and cannot be switched off; leave the flag out"
+    )

@@ -1,8 +1,8 @@
 """The exported folder: what is in it, and the manifest by which it explains itself.
 
-    manifest.json                     written last: a folder without it is an export that did not finish
-    config.json, tokenizer.model, ... copied from the checkpoint
-    rank_0/model.json, model.pdiparams    the program and weights of each rank
+manifest.json                     written last: a folder without it is an export that did not finish
+config.json, tokenizer.model, ... copied from the checkpoint
+rank_0/model.json, model.pdiparams    the program and weights of each rank
 """
 
 import dataclasses
@@ -107,9 +107,15 @@ class Artifact:
             found = getattr(self, name)
             if value is not None and value != found:
                 remedy = f"use --{name} {found}" if found is not None else f"leave --{name} out"
-                raise ArtifactError(f"{self.folder}: exported with {name} {found}, asked for {value}; {remedy}, or export it again")
+                raise ArtifactError(
+                    f"{self.folder}: exported with {name} {found}, asked for {value}; {remedy}, or export it again"
+                )
         if world_size != self.world_size:
-            start = f"--nproc_per_node {self.world_size}" if self.world_size > 1 else "a single process, without the launcher"
+            start = (
+                f"--nproc_per_node {self.world_size}"
+                if self.world_size > 1
+                else "a single process, without the launcher"
+            )
             raise ArtifactError(
                 f"{self.folder}: exported for {self.world_size} ranks, running on {world_size}; start it with {start}, "
                 f"or export it again on {world_size}"
@@ -124,7 +130,9 @@ class Artifact:
         with progress("verifying", sum(e["bytes"] for e in self.files.values()), "B", show) as bar:
             for name, entry in self.files.items():
                 if sha256(self.folder / name, bar) != entry["sha256"]:
-                    raise ArtifactError(f"{self.folder / name}: its bytes have changed since the export; export it again")
+                    raise ArtifactError(
+                        f"{self.folder / name}: its bytes have changed since the export; export it again"
+                    )
 
     def program(self, rank: int) -> Path:
         """Path of a rank's program, without suffix."""
@@ -142,9 +150,7 @@ def write_manifest(
     """Writes manifest.json over every file the folder holds; nothing may be written to the folder afterwards."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     with progress("hashing", sum(p.stat().st_size for p in paths), "B") as bar:
-        files = {
-            p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p, bar)} for p in paths
-        }
+        files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p, bar)} for p in paths}
     manifest = {
         "format_version": FORMAT_VERSION,
         "paddle_version": paddle.__version__,

@@ -46,7 +46,9 @@ def run(llm: LLM, show: bool) -> None:
     step, read = float(np.median(decode)), float(np.median(bandwidth))
     low, high = np.percentile(decode, [10, 90])
     print(f"decode, batch 1, context {SHORT_CONTEXT}: {1 / step:.2f} tokens/s (p10 {1 / high:.2f}, p90 {1 / low:.2f})")
-    print(f"  active bytes a token, a rank: {(weights + cache) / 1e6:.1f} MB (weights {weights / 1e6:.1f}, KV {cache / 1e6:.1f})")
+    print(
+        f"  active bytes a token, a rank: {(weights + cache) / 1e6:.1f} MB (weights {weights / 1e6:.1f}, KV {cache / 1e6:.1f})"
+    )
     print(f"  {(weights + cache) / step / 1e9:.1f} GB/s of {read / 1e9:.1f} GB/s read, measured in this run: ", end="")
     print(f"{100 * (weights + cache) / step / read:.0f} %")
     print(f"prefill, {PREFILL_TOKENS} tokens: {PREFILL_TOKENS / float(np.median(prefill)):.1f} tokens/s")

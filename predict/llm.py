@@ -8,10 +8,10 @@ from ops import library
 from predict.artifact import Artifact
 from predict.engine.engine import Engine, Runner, batches
 from predict.engine.request import SamplingParams, Sequence
-from predict.model.config import MixtralConfig, read_json
+from predict.model.config import MixtralConfig
 from predict.model.source import ModelSource, find_model
 from predict.model.tokenizer import Tokenizer, load_tokenizer
-from predict.model.weights import load
+from predict.model.weights import DEMO, load
 from predict.parallel import ALONE, Ranks
 from predict.runner import DynamicRunner, StaticRunner
 
@@ -81,18 +81,27 @@ class LLM:
         self.ranks, self.batch_size, self.chat_template = ranks, _positive("batch_size", batch_size), chat_template
         static = Artifact.is_artifact(model) if mode is None else mode == "static"
         if static:
-            self._open_artifact(Artifact.open(model), dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers)
+            self._open_artifact(
+                Artifact.open(model), dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers
+            )
         else:
             if verify:
-                raise ValueError("verify is for exported folders (mode static): a checkpoint carries no hashes to check")
+                raise ValueError(
+                    "verify is for exported folders (mode static): a checkpoint carries no hashes to check"
+                )
             source = find_model(model, num_hidden_layers)
             self._open_checkpoint(source, dtype, quant_type, block_size, total_max_length)
-        eos = self.generation_eos or self.tokenizer.eos_token_ids
-        self.engine = Engine(self.runner, eos, self.total_max_length)
+        self.engine = Engine(
+            self.runner, self.tokenizer.eos_token_ids or self.config.eos_token_id, self.total_max_length
+        )
 
-    def _open_artifact(self, artifact, dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers) -> None:
+    def _open_artifact(
+        self, artifact, dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers
+    ) -> None:
         if num_hidden_layers is not None:
-            raise ValueError("num_hidden_layers is for dummy models; an exported folder has the layers it was exported with")
+            raise ValueError(
+                "num_hidden_layers is for dummy models; an exported folder has the layers it was exported with"
+            )
         artifact.require(dtype, quant_type, self.ranks.world_size, block_size)
         if verify:
             artifact.verify(self.ranks.rank == 0)
@@ -114,7 +123,9 @@ class LLM:
         network = load(source.config, source.weights(), self.dtype, quant_type, self.ranks.rank, self.ranks.world_size)
         self.runner = DynamicRunner(network, self.num_blocks, block_size)
 
-    def _prepare(self, config: MixtralConfig, folder: Path | None, total_max_length: int | None, block_size: int) -> None:
+    def _prepare(
+        self, config: MixtralConfig, folder: Path | None, total_max_length: int | None, block_size: int
+    ) -> None:
         """What both modes share: the tokenizer, the ids that end a sequence, the size of the cache."""
         longest = config.max_position_embeddings
         if total_max_length is not None and not 2 <= total_max_length <= longest:
@@ -123,13 +134,13 @@ class LLM:
             )
         self.config = config
         self.total_max_length = total_max_length or min(DEFAULT_TOTAL_MAX_LENGTH, longest)
-        self.tokenizer: Tokenizer = load_tokenizer(folder, config.vocab_size)
+        # A dummy model has no tokenizer of its own; the demo's turns text into tokens it can run on.
+        self.tokenizer: Tokenizer = load_tokenizer(folder or DEMO)
         if self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+                f"{self.tokenizer.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
                 "they do not belong together"
             )
-        self.generation_eos = _generation_eos(folder) or config.eos_token_id
         self.num_blocks = self.batch_size * -(-self.total_max_length // block_size)
 
     @property
@@ -190,7 +201,9 @@ class LLM:
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
             params = list(sampling_params)
             if len(params) != len(prompts):
-                raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt")
+                raise ValueError(
+                    f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt"
+                )
         for i, prompt in enumerate(prompts):
             self._check_prompt(i, prompt)
         sequences = [Sequence(list(p), s) for p, s in zip(prompts, params, strict=True)]
@@ -216,17 +229,9 @@ class LLM:
 
     def _completion(self, sequence: Sequence, chat: bool) -> Completion:
         prompt, output = sequence.token_ids[: sequence.prompt_len], sequence.output_ids
-        text = self.tokenizer.continuation(prompt, output, chat)
+        # An answer is a text of its own; a continuation keeps the space its first word begins with.
+        text = self.tokenizer.continuation([] if chat else prompt, output)
         return Completion(prompt, text, output, sequence.logprobs, sequence.finish_reason or "length")
-
-
-def _generation_eos(folder: Path | None) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, which overrides config.json's."""
-    path = None if folder is None else folder / "generation_config.json"
-    if path is None or not path.exists():
-        return ()
-    value = read_json(path, "a generation_config.json").get("eos_token_id")
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 def _positive(name: str, value: int) -> int:

@@ -1,6 +1,6 @@
 """The command line that generates: one model, dynamic or static, on one rank or many.
 
-    python ./predict/predictor.py --model_name_or_path DIR --dtype bfloat16 --mode dynamic --inference_model --append_attn
+python ./predict/predictor.py --model_name_or_path DIR --dtype bfloat16 --mode dynamic --inference_model --append_attn
 """
 
 import argparse
@@ -17,6 +17,7 @@ from predict.dataset import Row, read_rows
 from predict.engine.engine import batches
 from predict.engine.request import SamplingParams
 from predict.llm import LLM, Completion
+from predict.model.tokenizer import IncrementalDetokenizer
 from predict.parallel import Ranks
 from predict.progress import progress
 
@@ -93,12 +94,20 @@ def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
     else:
         ids = llm.tokenizer.encode(row.src)
     if len(ids) > src_length:
-        raise ValueError(f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text")
+        raise ValueError(
+            f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text"
+        )
     return ids
 
 
 def _answer(
-    llm: LLM, rows: list[Row], prompts: list[list[int]], params: SamplingParams, chat: bool, output: TextIO | None, first: bool
+    llm: LLM,
+    rows: list[Row],
+    prompts: list[list[int]],
+    params: SamplingParams,
+    chat: bool,
+    output: TextIO | None,
+    first: bool,
 ) -> None:
     """Batch after batch, each row printed or written as soon as its batch is done."""
     alone = len(rows) == 1 and first
@@ -134,7 +143,7 @@ class _Stream:
     """Prints one answer as its tokens come, after the prompt it continues."""
 
     def __init__(self, llm: LLM, prompt: list[int], chat: bool, text: str):
-        self.detokenizer = llm.tokenizer.detokenizer(prompt, chat)
+        self.detokenizer = IncrementalDetokenizer(llm.tokenizer, [] if chat else prompt)
         print(text, end="\n" if chat else "", flush=True)
 
     def __call__(self, index: int, token: int) -> None:
@@ -154,7 +163,9 @@ class _NoFile:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parser("predictor.py", "Generates text with Mixtral, from a checkpoint or an exported program.").parse_args(argv)
+    args = parser("predictor.py", "Generates text with Mixtral, from a checkpoint or an exported program.").parse_args(
+        argv
+    )
     return run_command(lambda ranks: predict(args, ranks))
 
 

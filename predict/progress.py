@@ -1,25 +1,23 @@
 """Progress of long work on standard error: a live bar in a terminal, a line now and then in a log."""
 
 import sys
-from typing import Any
 
 from tqdm import tqdm
 
 LOG_INTERVAL_S = 10.0
 
 
-def progress(description: str, total: int, unit: str, enabled: bool = True, **options: Any) -> tqdm:
-    """A tqdm bar; ``unit`` "B" counts bytes. Ranks other than the first pass enabled=False."""
+def progress(description: str, total: int, unit: str, enabled: bool = True) -> tqdm:
+    """A tqdm bar; a unit other than "row" is counted in thousands and millions. Only the first rank passes enabled=True."""
     live = sys.stderr.isatty()
     return tqdm(
         desc=description,
         total=total,
         unit=unit,
-        unit_scale=unit == "B",
+        unit_scale=unit != "row",
         disable=not enabled,
         mininterval=0.1 if live else LOG_INTERVAL_S,
         maxinterval=LOG_INTERVAL_S,
         dynamic_ncols=live,
         file=sys.stderr,
-        **options,
     )

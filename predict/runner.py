@@ -29,7 +29,9 @@ def bytes_per_token(config: MixtralConfig, world_size: int, dtype: str) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads // world_size * config.head_dim * element
 
 
-def _empty_caches(config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int) -> list[paddle.Tensor]:
+def _empty_caches(
+    config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int
+) -> list[paddle.Tensor]:
     # Uninitialised on purpose: a page's memory is only touched when tokens are written to it.
     return [paddle.empty(shape, dtype) for shape in cache_shapes(config, world_size, num_blocks, block_size)]
 
@@ -65,7 +67,9 @@ class StaticRunner:
 
     mode = "static"
 
-    def __init__(self, program: Path, config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int):
+    def __init__(
+        self, program: Path, config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int
+    ):
         self.num_blocks, self.block_size = num_blocks, block_size
         settings = inference.Config(f"{program}.json", f"{program}.pdiparams")
         settings.disable_gpu()

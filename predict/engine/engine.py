@@ -31,14 +31,18 @@ class Engine:
         max_num_batched_tokens: new tokens a step computes at the most; longer prompts are prefilled in chunks.
     """
 
-    def __init__(self, runner: Runner, eos_token_ids: tuple[int, ...], total_max_length: int, max_num_batched_tokens: int = 2048):
+    def __init__(
+        self, runner: Runner, eos_token_ids: tuple[int, ...], total_max_length: int, max_num_batched_tokens: int = 2048
+    ):
         self.runner = runner
         self.eos_token_ids = frozenset(eos_token_ids)
         self.total_max_length = total_max_length
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = BlockManager(runner.num_blocks, runner.block_size)
 
-    def generate(self, sequences: list[Sequence], on_token: Callable[[Sequence, int], None] = lambda sequence, token: None) -> None:
+    def generate(
+        self, sequences: list[Sequence], on_token: Callable[[Sequence, int], None] = lambda sequence, token: None
+    ) -> None:
         """Runs all sequences as one static batch until each has a finish_reason; ``on_token`` sees every new token."""
         with _pages(self.block_manager, sequences, self._longest):
             for sequence in sequences:

@@ -63,13 +63,17 @@ class Checkpoint:
         if not index.exists():
             if (self.folder / SINGLE).exists():
                 return {self.folder / SINGLE: set()}
-            pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.pth"))
+            pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.pth")
+            )
             if pickles:
                 raise CheckpointError(
                     f"{self.folder}: only pickled weights ({pickles[0]}), which are never read here; "
                     "save the model with transformers' save_pretrained(..., safe_serialization=True)"
                 )
-            raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}; needs a checkpoint in safetensors format")
+            raise CheckpointError(
+                f"{self.folder}: no {SINGLE} and no {INDEX}; needs a checkpoint in safetensors format"
+            )
         try:
             weight_map = read_json(index, "a safetensors index").get("weight_map")
         except ConfigError as error:
@@ -79,7 +83,9 @@ class Checkpoint:
         files: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{index}: tensor {name} is in {file!r}, needs the name of a file in the same folder")
+                raise CheckpointError(
+                    f"{index}: tensor {name} is in {file!r}, needs the name of a file in the same folder"
+                )
             files.setdefault(self.folder / file, set()).add(name)
         for file, names in files.items():
             if not file.exists():
@@ -96,7 +102,9 @@ class Checkpoint:
         Raises:
             CheckpointError: one error that lists what is missing, extra, of another shape or of another dtype.
         """
-        problems = [f"{self.folder}: tensor {n} {list(s)} is missing" for n, s in expected.items() if n not in self.entries]
+        problems = [
+            f"{self.folder}: tensor {n} {list(s)} is missing" for n, s in expected.items() if n not in self.entries
+        ]
         for name, entry in self.entries.items():
             if name not in expected:
                 if name not in unused:
@@ -106,7 +114,9 @@ class Checkpoint:
                     f"{entry.file}: tensor {name} has shape {list(entry.shape)}, needs {list(expected[name])} (config.json)"
                 )
             elif entry.dtype not in ELEMENT_TYPES:
-                problems.append(f"{entry.file}: tensor {name} is {entry.dtype}, needs one of {', '.join(ELEMENT_TYPES)}")
+                problems.append(
+                    f"{entry.file}: tensor {name} is {entry.dtype}, needs one of {', '.join(ELEMENT_TYPES)}"
+                )
         if problems:
             more = [f"... and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
             raise CheckpointError("\n".join(problems[:PROBLEMS_SHOWN] + more))

@@ -70,7 +70,7 @@ class DecoderLayer(nn.Layer):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             rope_theta=self.config.rope_theta,
-            sliding_window=self.config.sliding_window,
+            sliding_window=self.config.sliding_window or 0,
         )  # [T, Hq * D]
         delta = all_reduce(self.o_proj(attended), self.world_size)
         normed, residual = add_rms_norm(residual, delta, self.post_attention_layernorm, eps, self.dtype)
@@ -155,7 +155,9 @@ def check_shardable(config: MixtralConfig, world_size: int) -> None:
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
         value = getattr(config, name)
         if value % world_size:
-            raise ConfigError(f"{name} {value} cannot be split over {world_size} ranks; use a number of ranks that divides it")
+            raise ConfigError(
+                f"{name} {value} cannot be split over {world_size} ranks; use a number of ranks that divides it"
+            )
 
 
 def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> None:

@@ -30,7 +30,9 @@ class ModelSource:
             ConfigError: it is float16, for which there are no CPU kernels.
         """
         if self.config.dtype == "float16":
-            raise ConfigError(f"{self.name}: the checkpoint is float16, which runs on GPUs only; use --dtype bfloat16 or float32")
+            raise ConfigError(
+                f"{self.name}: the checkpoint is float16, which runs on GPUs only; use --dtype bfloat16 or float32"
+            )
         return self.config.dtype
 
 
@@ -66,4 +68,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{name}: no such folder here, and the hub could not be reached or has no such model ({reason})") from error
+        raise ConfigError(
+            f"{name}: no such folder here, and the hub could not be reached or has no such model ({reason})"
+        ) from error

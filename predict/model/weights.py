@@ -38,7 +38,9 @@ class DummyWeights:
     def __init__(self, config: MixtralConfig, seed: int = 0):
         self.shapes = expected_tensors(config)
         self.seed = seed
-        values = (np.clip(np.arange(256, dtype=np.uint8).view(np.int8), -127, 127) * np.float32(DUMMY_STEP)).astype(np.float32)
+        values = (np.clip(np.arange(256, dtype=np.uint8).view(np.int8), -127, 127) * np.float32(DUMMY_STEP)).astype(
+            np.float32
+        )
         self.bfloat16_of_byte = (values.view(np.uint32) >> 16).astype(np.uint16)
 
     def read(self, name: str) -> tuple[np.ndarray, str]:
@@ -97,7 +99,9 @@ def dummy_config(name: str, num_hidden_layers: int | None) -> MixtralConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{name}: no configuration {wanted!r}; needs one of {', '.join(shipped)}, or the path of a config.json")
+        raise ConfigError(
+            f"{name}: no configuration {wanted!r}; needs one of {', '.join(shipped)}, or the path of a config.json"
+        )
     config = MixtralConfig.read(path)
     if num_hidden_layers is None:
         return config
@@ -137,7 +141,9 @@ def load(
 
 def host_view(tensor: paddle.Tensor) -> np.ndarray:
     """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
-    numpy_dtype = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}[str(tensor.dtype).removeprefix("paddle.")]
+    numpy_dtype = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}[
+        str(tensor.dtype).removeprefix("paddle.")
+    ]
     c_type = np.ctypeslib.as_ctypes_type(numpy_dtype)
     return np.ctypeslib.as_array((c_type * tensor.size).from_address(tensor.data_ptr())).reshape(tensor.shape)
 
@@ -160,7 +166,7 @@ class _Loader:
         self.model, self.source, self.rank = model, source, rank
         self.config, self.world_size = model.config, model.world_size
         shapes = expected_tensors(self.config)
-        self.bar = progress("loading weights", sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0, unit_scale=True)
+        self.bar = progress("loading weights", sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0)
 
     def load(self) -> None:
         config, model = self.config, self.model

@@ -39,7 +39,7 @@ void check_sequences(const int32_t* cu_seqlens, const int32_t* context_lens, con
 
 std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const Tensor& cu_seqlens,
                                      const Tensor& context_lens, const Tensor& block_tables, int num_heads, int num_kv_heads,
-                                     double rope_theta, int64_t sliding_window) {
+                                     float rope_theta, int64_t sliding_window) {
   if (num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0)
     pm::fail(kOp, "num_heads is ", num_heads, ", needs a positive multiple of num_kv_heads = ", num_kv_heads);
   if (!(rope_theta > 0) || !std::isfinite(rope_theta))
@@ -72,7 +72,7 @@ std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tenso
 
 // The caches keep their own shape and dtype: Paddle copies those of a pair in place.
 std::vector<Shape> append_attention_shape(const Shape& qkv, const Shape& key_cache, const Shape&, const Shape&, const Shape&,
-                                          const Shape&, int num_heads, int, double, int64_t) {
+                                          const Shape&, int num_heads, int, float, int64_t) {
   return {{qkv[0], num_heads * key_cache[3]}};
 }
 std::vector<DataType> append_attention_dtype(const DataType& qkv, const DataType&, const DataType&, const DataType&,
@@ -85,7 +85,7 @@ std::vector<DataType> append_attention_dtype(const DataType& qkv, const DataType
 PD_BUILD_OP(pm_append_attention)
     .Inputs({"Qkv", "KeyCache", "ValueCache", "CuSeqlens", "ContextLens", "BlockTables"})
     .Outputs({"Out", "KeyCacheOut", "ValueCacheOut"})
-    .Attrs({"num_heads: int", "num_kv_heads: int", "rope_theta: double", "sliding_window: int64_t"})
+    .Attrs({"num_heads: int", "num_kv_heads: int", "rope_theta: float", "sliding_window: int64_t"})
     .SetInplaceMap({{"KeyCache", "KeyCacheOut"}, {"ValueCache", "ValueCacheOut"}})
     .SetKernelFn(PD_KERNEL(append_attention))
     .SetInferShapeFn(PD_INFER_SHAPE(append_attention_shape))
