@@ -20,8 +20,8 @@ def append_attention(
     """Rotates the new queries and keys, writes keys and values to the cache, and attends to it causally.
 
     Query head h at position p: ``softmax_j(q . k_j / sqrt(D)) v_j`` over the positions j <= p of its sequence (the last
-    ``sliding_window`` of them, if not 0), with key/value head ``h // (Hq // Hkv)``; scores and sums in float32. A token's
-    result has the same bits however its sequence is cut into chunks and whatever else is in the batch.
+    ``sliding_window`` of them, if not 0), with key/value head ``h // (Hq // Hkv)``; scores and sums in float32. The
+    bits of a token's result do not depend on how its sequence is cut into chunks, nor on what else is in the batch.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D] float32 or bfloat16: query heads, key heads, value heads of the T new tokens.
@@ -40,7 +40,8 @@ def append_attention(
     Raises:
         ValueError: a shape, dtype, device or value other than the above.
 
-    Source: Su et al. (RoPE) arXiv:2104.09864; Ainslie et al. (GQA) arXiv:2305.13245; Kwon et al. (paging) arXiv:2309.06180.
+    Source: Su et al. (RoPE) arXiv:2104.09864; Ainslie et al. (GQA) arXiv:2305.13245; Kwon et al. (paged cache)
+    arXiv:2309.06180.
     """
     return run(
         "pm_append_attention",

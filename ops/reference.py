@@ -1,8 +1,10 @@
 """Every operator again in plain float32 NumPy: the definition the kernels are tested against.
 
-Nothing here is fast, fused or in place (except where the operator's meaning is to write its cache). Arguments and results
-are NumPy arrays; bfloat16 tensors come in as the float32 they stand for.
+Nothing here is fast, fused or in place (except where the operator's meaning is to write its cache). Arguments and
+results are NumPy arrays; bfloat16 tensors come in as the float32 they stand for.
 """
+
+import itertools
 
 import numpy as np
 
@@ -122,3 +124,63 @@ def fused_moe(x: np.ndarray, gate: np.ndarray, w13: np.ndarray, w2: np.ndarray, 
         hidden, up = np.split(x @ w13[e].T, 2, axis=-1)
         y += share[:, e : e + 1] * ((hidden / (1 + np.exp(-hidden)) * up) @ w2[e].T)
     return y
+
+
+def philox4x32_10(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Ten rounds of Philox 4x32 on 32-bit words (Salmon et al., doi:10.1145/2063384.2063405)."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def sample(
+    logits: np.ndarray,
+    floats: np.ndarray,
+    ints: np.ndarray,
+    history_ids: np.ndarray,
+    history_offsets: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """ops.sampling.sample: logits [S, V], floats [S, 6], ints [S, 5], histories -> (next_tokens [S], logprobs [S])."""
+    histories = [history_ids[a:b] for a, b in itertools.pairwise(history_offsets)]
+    tokens = [_sample_row(*row) for row in zip(logits, floats, ints.tolist(), histories, strict=True)]
+    exact = logits.astype(np.float64)
+    most = exact.max(axis=1, keepdims=True)
+    log_softmax = exact - most - np.log(np.exp(exact - most).sum(axis=1, keepdims=True))
+    return np.array(tokens, np.int32), log_softmax[np.arange(len(tokens)), tokens].astype(np.float32)
+
+
+def _sample_row(logits: np.ndarray, floats: np.ndarray, ints: list[int], history: np.ndarray) -> int:
+    temperature, top_p, min_p, repetition, presence, frequency = floats  # float32
+    seed, position, top_k, forced_token, prompt_len = ints
+    if forced_token >= 0:
+        return forced_token
+
+    penalised = logits.copy()
+    counts = np.bincount(history[prompt_len:], minlength=len(logits))
+    for token in set(history.tolist()):
+        x = logits[token]
+        x = x / repetition if x > 0 else x * repetition
+        if counts[token]:
+            x = x - presence - np.float32(counts[token]) * frequency
+        penalised[token] = x
+    if temperature == 0:
+        return int(np.argmax(penalised))
+
+    scaled = (penalised - penalised.max()) / temperature
+    weights = np.exp(scaled.astype(np.float64))
+    if 0 < top_k < len(logits):
+        weights[scaled < np.sort(scaled)[-top_k]] = 0
+    if top_p < 1:
+        order = np.argsort(-scaled, kind="stable")
+        reached = np.cumsum(weights[order]) >= float(top_p) * weights.sum()
+        weights[order[np.argmax(reached) + 1 :]] = 0
+    weights[weights < min_p] = 0
+
+    words = [int(w) & 0xFFFFFFFF for w in (seed, seed >> 32, position, position >> 32)]
+    low, high, *_ = philox4x32_10((words[0], words[1]), (words[2], words[3], 0, 0))
+    u = ((high << 32 | low) >> 11) * 2.0**-53
+    running = np.cumsum(weights)
+    return int(np.argmax(running > u * running[-1]))

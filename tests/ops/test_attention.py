@@ -1,14 +1,12 @@
 """ops.attention against the reference, against attention without pages, and against itself cut differently."""
 
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import paddle
 import pytest
+from instruction_sets import digests
 
 from ops import reference
 from ops.attention import append_attention
@@ -228,20 +226,8 @@ def digest() -> str:
 
 
 def test_instruction_sets_agree():
-    flags = open("/proc/cpuinfo").read()
-    isas = ["baseline", *(["avx2"] if " avx2 " in flags else []), *(["avx512"] if " avx512vl " in flags else [])]
-    program = "from tests.ops import test_attention; print(test_attention.digest())"
-    digests = {}
-    for isa in isas:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PADDLE_MIXTRAL_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        digests[isa] = done.stdout.split()[-1]
-    assert set(digests.values()) == {digest()}, digests
+    found = digests("test_attention")
+    assert set(found.values()) == {digest()}, found
 
 
 REFUSALS = [

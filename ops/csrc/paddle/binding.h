@@ -88,6 +88,8 @@ inline void check_status(const char* op, int status) {
       fail(op, "another rank of this job died or did not answer in time; see its log (log/workerlog.*)");
     case PM_NOT_CONNECTED:
       fail(op, "this process has joined no group of ranks; start the job with python -m paddle.distributed.launch");
+    case PM_NOT_FINITE:
+      fail(op, "the logits hold NaN or +inf, or a row of nothing but -inf");
     default:
       fail(op, "kernel returned status ", status);
   }

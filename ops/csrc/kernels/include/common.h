@@ -22,6 +22,7 @@ typedef enum {
   PM_OUT_OF_MEMORY = 1,  // a kernel's own scratch could not be allocated
   PM_PEER_LOST = 2,      // collective: another rank died or did not arrive in time
   PM_NOT_CONNECTED = 3,  // collective: no group has been joined
+  PM_NOT_FINITE = 4,     // sampling: a row of logits holds NaN or +inf, or nothing above -inf
 } pm_status;
 
 int pm_ops_abi_version(void);

@@ -6,20 +6,24 @@
 //             history_ids [at least history_offsets[S]] int32, history_offsets [S + 1] int32: row s has seen the tokens
 //             history_ids[history_offsets[s] .. history_offsets[s + 1] - 1], the first prompt_len of which are its prompt
 //             (an empty history switches the penalties off)
-//             next_tokens [S] int32, logprobs [S] float32
+//             next_tokens [S] int32, logprobs [S] float32. Logits may be -inf (masked). A row that holds NaN or +inf, or
+//             nothing above -inf, has no answer: its token is -1 and the call returns PM_NOT_FINITE
 // DEFINITION  logprobs = log_softmax(logits)[token] of the logits as given: what the model thinks, whatever the sampler does.
 //             forced_token >= 0: that token is the answer (scoring). Else, in this order:
 //             1 penalties: every token seen: l > 0 ? l / repetition_penalty : l * repetition_penalty; every token generated
-//               (seen after the prompt): l - presence_penalty - count * frequency_penalty
-//             2 temperature 0: the largest l, ties to the lower index. Else l / temperature
+//               (seen after the prompt): l - presence_penalty - count * frequency_penalty; a finite l stays finite (clamped)
+//             2 temperature 0: the largest l, ties to the lower index. Else (l - the largest l) / temperature, which is
+//               l / temperature up to a constant and cannot overflow
 //             3 top_k (0: off): the k largest l, and every l equal to the k-th
 //             4 top_p (1: off): of those in decreasing probability, the fewest whose probabilities (renormalised over what
 //               is left) reach top_p; ties to the lower index
 //             5 min_p (0: off): those with probability >= min_p * the largest probability
 //             6 draw: u in [0, 1) from the counter-based generator below; in increasing token index, the first token at which
-//               the running sum of exp(l - max) (float64) exceeds u * the total
+//               the running sum of exp(l) exceeds u * the total
 //             u = (philox4x32_10(key = seed, counter = (position, 0)) as a 64-bit word) >> 11, times 2^-53
-// ORDER       sums in float64 in increasing token index: a row's token depends on its own inputs alone.
+// ORDER       exponentials in float32 (vec.h), sums in float64. log_softmax: token i in lane i % 16, in increasing index, then
+//             the lanes in increasing order. Totals and the draw: increasing token index. top_p: decreasing l, ties to the
+//             lower index. A row's token and logprob depend on its own inputs alone.
 // SOURCE      Holtzman et al. (top-p) arXiv:1904.09751; Nguyen et al. (min-p) arXiv:2407.01082; Keskar et al. (repetition
 //             penalty) arXiv:1909.05858; Salmon et al. (Philox) doi:10.1145/2063384.2063405
 #ifndef PADDLE_MIXTRAL_SAMPLING_H_
