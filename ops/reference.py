@@ -184,3 +184,16 @@ def _sample_row(logits: np.ndarray, floats: np.ndarray, ints: list[int], history
     u = ((high << 32 | low) >> 11) * 2.0**-53
     running = np.cumsum(weights)
     return int(np.argmax(running > u * running[-1]))
+
+
+def all_reduce(xs: list[np.ndarray]) -> np.ndarray:
+    """ops.collective.all_reduce: x of every rank -> their sum, added in rank order."""
+    total = xs[0]
+    for x in xs[1:]:
+        total = total + x
+    return total
+
+
+def all_gather(xs: list[np.ndarray]) -> np.ndarray:
+    """ops.collective.all_gather: x [rows, cols] of every rank -> [rows, ranks * cols]."""
+    return np.concatenate(xs, axis=1)

@@ -90,6 +90,8 @@ inline void check_status(const char* op, int status) {
       fail(op, "this process has joined no group of ranks; start the job with python -m paddle.distributed.launch");
     case PM_NOT_FINITE:
       fail(op, "the logits hold NaN or +inf, or a row of nothing but -inf");
+    case PM_RANKS_DISAGREE:
+      fail(op, "the ranks of this job called different operators or sizes; give every rank the same command and artefact");
     default:
       fail(op, "kernel returned status ", status);
   }

@@ -19,10 +19,11 @@ typedef enum { PM_F32 = 0, PM_BF16 = 1, PM_F16 = 2, PM_I8 = 3 } pm_dtype;
 
 typedef enum {
   PM_OK = 0,
-  PM_OUT_OF_MEMORY = 1,  // a kernel's own scratch could not be allocated
-  PM_PEER_LOST = 2,      // collective: another rank died or did not arrive in time
-  PM_NOT_CONNECTED = 3,  // collective: no group has been joined
-  PM_NOT_FINITE = 4,     // sampling: a row of logits holds NaN or +inf, or nothing above -inf
+  PM_OUT_OF_MEMORY = 1,   // a kernel's own scratch could not be allocated
+  PM_PEER_LOST = 2,       // collective: another rank died or did not arrive in time
+  PM_NOT_CONNECTED = 3,   // collective: no group has been joined
+  PM_NOT_FINITE = 4,      // sampling: a row of logits holds NaN or +inf, or nothing above -inf
+  PM_RANKS_DISAGREE = 5,  // collective: the ranks made different calls
 } pm_status;
 
 int pm_ops_abi_version(void);
