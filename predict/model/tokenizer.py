@@ -38,7 +38,7 @@ class Tokenizer:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, folder: Path):
         self._processor = processor
         self.folder = folder
-        self.config = _read_json(folder / "tokenizer_config.json")
+        self.config = read_json(folder / "tokenizer_config.json")
         self._read_pieces()
         self._read_added_tokens()
         self._read_special_token_names()
@@ -80,7 +80,7 @@ class Tokenizer:
     def _read_special_token_names(self) -> None:
         self.special_token_names = {
             name: literal
-            for source in (_read_json(self.folder / "special_tokens_map.json"), self.config)
+            for source in (read_json(self.folder / "special_tokens_map.json"), self.config)
             for name in SPECIAL_TOKEN_NAMES
             if (literal := _literal_of(source.get(name))) is not None
         }
@@ -88,7 +88,7 @@ class Tokenizer:
         self.eos_token_id = self._named_id("eos_token", self._processor.eos_id())
         self.unk_token_id = self._named_id("unk_token", self._processor.unk_id())
         self.add_bos_token = bool(self.config.get("add_bos_token", True)) and self.bos_token_id is not None
-        generation_eos = _read_json(self.folder / "generation_config.json").get("eos_token_id")
+        generation_eos = read_json(self.folder / "generation_config.json").get("eos_token_id")
         listed = generation_eos if isinstance(generation_eos, list) else [generation_eos]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in (self.eos_token_id, *listed) if i is not None))
 
@@ -332,10 +332,10 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str, 
     A folder with neither (newer checkpoints) has them in tokenizer.json.
     """
     try:
-        added = {int(i): (literal, True) for literal, i in _read_json(folder / "added_tokens.json").items()}
+        added = {int(i): (literal, True) for literal, i in read_json(folder / "added_tokens.json").items()}
         described = list(config.get("added_tokens_decoder", {}).items())
         if not added and not described:
-            listed = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+            listed = read_json(folder / "tokenizer.json").get("added_tokens", [])
             described = [(token["id"], token) for token in listed]
         added |= {int(i): (token["content"], bool(token.get("special", False))) for i, token in described}
     except TokenizerError:
@@ -352,7 +352,7 @@ def _literal_of(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no file."""
     if not file.is_file():
         return {}

@@ -37,6 +37,12 @@ def train(**options) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def train_sentencepiece():
+    """A function that trains a small SentencePiece model with the given deviations from Llama's options."""
+    return train
+
+
+@pytest.fixture(scope="session")
 def llama_model() -> bytes:
     """A Llama-style SentencePiece model: BPE, byte fallback, prefix space, no normalisation."""
     return train()

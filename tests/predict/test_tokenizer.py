@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import sentencepiece
-from conftest import UNICODE, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predict.model import tokenizer as tokenizer_module
 from predict.model.tokenizer import IncrementalDetokenizer, Tokenizer, TokenizerError, load_tokenizer
 
+UNICODE = "Привет, мир! naïve café — 日本語のテキスト 🦊 [INST] [/INST] <s> </s>"
 TEXT = st.text(max_size=60) | st.lists(st.sampled_from([*UNICODE.split(), " ", "  ", "\n", "\0", "a", "▁"])).map(
     "".join
 )
@@ -51,8 +51,8 @@ def test_decode_is_sentencepiece(tokenizer, processor, ids):
 
 
 @pytest.mark.parametrize("options", [{"remove_extra_whitespaces": True}, {"add_dummy_prefix": False}])
-def test_decode_is_sentencepiece_whatever_the_model_does_to_spaces(tokenizer_folder, options):
-    tokenizer = load_tokenizer(tokenizer_folder(train(**options)))
+def test_decode_is_sentencepiece_whatever_the_model_does_to_spaces(tokenizer_folder, train_sentencepiece, options):
+    tokenizer = load_tokenizer(tokenizer_folder(train_sentencepiece(**options)))
     processor = tokenizer._processor
 
     @given(ids=TOKENS, text=TEXT)
