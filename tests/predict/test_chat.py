@@ -138,6 +138,11 @@ def test_templates_have_what_transformers_gives_them(tokenizer):
     assert shown == '{"role": "user", "content": "<é>"}{"role": "user", "content": "3"}<s> 4TrueNonered'
 
 
+def test_lines_of_nothing_but_a_block_leave_no_trace(tokenizer, tokenize):
+    source = "{% if true %}\n    {% for m in messages %}\nhello {{ m.content }}\n    {% endfor %}\n{% endif %}\n"
+    assert apply_chat_template(tokenizer, chat("fox"), source) == tokenize("hello fox\n")
+
+
 @pytest.mark.parametrize(
     "files",
     [

@@ -159,6 +159,11 @@ def test_added_tokens_extend_the_vocabulary(tokenizer_folder, processor, files):
     assert tokenizer.decode([1, *the, 400], skip_special_tokens=False) == "<s> the<|im_end|>"
 
 
+def test_the_longest_special_literal_wins(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder(added_tokens={"<|im": 400, "<|im_end|>": 401, "<|im_end": 402}))
+    assert tokenizer.encode("<|im_end|><|im_end<|im", add_bos=False, parse_special=True) == [401, 402, 400]
+
+
 def test_an_added_token_that_is_not_special_is_shown(tokenizer_folder):
     decoder = {"400": {"content": "<call>", "special": False}}
     files = {"added_tokens": {"<call>": 400}, "tokenizer_config": {"added_tokens_decoder": decoder}}
