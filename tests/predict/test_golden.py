@@ -1,4 +1,4 @@
-"""Our logits and greedy tokens against those of Hugging Face transformers that make_golden.py recorded in tests/golden."""
+"""Our logits and greedy tokens against Hugging Face transformers', as tests/golden/make_golden.py recorded them."""
 
 from pathlib import Path
 
