@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 
 transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the matrices are tiny, and one thread makes the sums reproducible
 
 TRANSFORMERS_MAJOR = int(transformers.__version__.split(".")[0])
 EOS_TOKEN_ID = 2

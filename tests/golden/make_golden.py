@@ -143,7 +143,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder that receives one folder per configuration")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="configurations to make")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the files are small, and one thread makes the sums reproducible
     for name in arguments.only:
         directory = arguments.out / name
         metadata = make(directory, *CASES[name])

@@ -21,7 +21,10 @@ TOLERANCE = 1e-4
 
 @st.composite
 def shapes(draw) -> Shape:
-    """Any small Mixtral: grouped, multi-query or plain heads, odd sizes, and every way to write its config.json."""
+    """Any small Mixtral: grouped, multi-query or plain heads, odd sizes, and every way to write its config.json.
+
+    Few layers and short prompts (below) make few router choices, so that a checkpoint without a near-tie is soon drawn.
+    """
     # transformers 4 does not read rope_parameters: it would silently take another rope_theta than the file says.
     readable = CONFIG_VERSIONS if TRANSFORMERS_MAJOR >= 5 else CONFIG_VERSIONS[:-1]
     written_by = draw(st.sampled_from(readable))
@@ -34,10 +37,10 @@ def shapes(draw) -> Shape:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         num_local_experts=experts,
-        num_experts_per_tok=draw(st.integers(1, min(experts, 4))),
+        num_experts_per_tok=draw(st.integers(1, min(experts, 3))),
         hidden_size=heads * head_size if implied else draw(st.integers(16, 64)),
         intermediate_size=draw(st.integers(8, 64)),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=draw(st.integers(1, 2)),
         vocab_size=draw(st.integers(90, 200)),
         head_dim=None if implied else head_size,
         tie_word_embeddings=draw(st.booleans()),
@@ -57,7 +60,7 @@ def shapes(draw) -> Shape:
 )
 @given(
     shape=shapes(),
-    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    lengths=st.lists(st.integers(1, 24), min_size=2, max_size=3),
     seed=st.integers(0, 2**31),
     shards=st.integers(1, 3),
 )
