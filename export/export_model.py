@@ -18,7 +18,7 @@ from predict.llm import DEFAULT_BLOCK_SIZE
 from predict.model.config import ConfigError
 from predict.model.source import find_model
 from predict.model.weights import load
-from predict.parallel import Ranks
+from predict.parallel import Ranks, barrier
 
 # What a folder needs besides program and weights: everything the predictor reads of a checkpoint.
 COPIED = (
@@ -48,7 +48,7 @@ def export_model(
     weights = source.weights()
     if first:
         _clear(folder)
-    ranks.barrier()
+    barrier()
     network = load(source.config, weights, dtype, quant_type, ranks.rank, ranks.world_size)
     program = folder / f"rank_{ranks.rank}" / "model"
     program.parent.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ def export_model(
             f"exporting: tracing {source.config.num_hidden_layers} layers and writing {program.parent}", file=sys.stderr
         )
     save_program(network, program, block_size)
-    ranks.barrier()
+    barrier()
     if first:
         print(f"exporting: written in {time.perf_counter() - started:.1f} s", file=sys.stderr)
         for name in COPIED:
             if source.folder is not None and (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, folder / name)
         write_manifest(folder, source.config, dtype, quant_type, ranks.world_size, block_size)
-    ranks.barrier()
+    barrier()
     return Artifact.open(folder)
 
 

@@ -8,11 +8,12 @@ from ops import library
 from predict.artifact import Artifact
 from predict.engine.engine import Engine, Runner, batches
 from predict.engine.request import SamplingParams, Sequence
+from predict.model.chat import ChatTemplate, load_chat_template
 from predict.model.config import MixtralConfig
 from predict.model.source import ModelSource, find_model
 from predict.model.tokenizer import Tokenizer, load_tokenizer
 from predict.model.weights import DEMO, load
-from predict.parallel import ALONE, Ranks
+from predict.parallel import Ranks, alone
 from predict.runner import DynamicRunner, StaticRunner
 
 DEFAULT_BLOCK_SIZE = 64
@@ -50,10 +51,10 @@ class LLM:
         total_max_length: tokens of a sequence at the most, prompt included.
         block_size: tokens in a page of the KV cache; an exported folder has its own.
         threads: threads of this rank's kernels; results do not depend on it.
-        chat_template: see Tokenizer.apply_chat_template; by default the checkpoint's own.
+        chat_template: see predict.model.chat.load_chat_template; by default the checkpoint's own.
         verify: hash the files of an exported folder before using them.
         num_hidden_layers: layers of a dummy model.
-        ranks: this process among the ranks of a job (predict.parallel.join()).
+        ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone.
 
     Raises:
         ValueError: (and its subclasses) anything that does not fit; one sentence with a way out.
@@ -73,12 +74,14 @@ class LLM:
         chat_template: str | None = None,
         verify: bool = False,
         num_hidden_layers: int | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks | None = None,
     ):
         if mode not in (None, "dynamic", "static"):
             raise ValueError(f"mode is {mode!r}, needs 'dynamic' or 'static'")
+        ranks = ranks or alone()
         library.set_num_threads(ranks.local_threads if threads is None else threads)
         self.ranks, self.batch_size, self.chat_template = ranks, _positive("batch_size", batch_size), chat_template
+        self._chat_template: ChatTemplate | None = None
         static = Artifact.is_artifact(model) if mode is None else mode == "static"
         if static:
             self._open_artifact(
@@ -179,8 +182,13 @@ class LLM:
             ValueError: roles or content the template refuses; says which message.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        ids = [self.tokenizer.apply_chat_template(list(c), self.chat_template) for c in conversations]
-        return self.complete(ids, sampling_params, on_token, chat=True)
+        return self.complete([self.encode_chat(c) for c in conversations], sampling_params, on_token, chat=True)
+
+    def encode_chat(self, messages: Seq[Message]) -> list[int]:
+        """Token ids of a conversation, ready for its answer, by the chat template this LLM was made with."""
+        if self._chat_template is None:
+            self._chat_template = load_chat_template(self.tokenizer, self.chat_template)
+        return self._chat_template.apply(list(messages))
 
     def score(self, token_ids: list[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""

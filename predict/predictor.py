@@ -90,7 +90,7 @@ def _total_max_length(args: argparse.Namespace, src_length: int, params: Samplin
 
 def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
     if chat:
-        ids = llm.tokenizer.apply_chat_template([{"role": "user", "content": row.src}], llm.chat_template)
+        ids = llm.encode_chat([{"role": "user", "content": row.src}])
     else:
         ids = llm.tokenizer.encode(row.src)
     if len(ids) > src_length:
