@@ -1,6 +1,7 @@
 """Static batching: a list of sequences, prefilled in packed chunks, then decoded together until each is done."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -44,7 +45,7 @@ class Engine:
         self, sequences: list[Sequence], on_token: Callable[[Sequence, int], None] = lambda sequence, token: None
     ) -> None:
         """Runs all sequences as one static batch until each has a finish_reason; ``on_token`` sees every new token."""
-        with _pages(self.block_manager, sequences, self._longest):
+        with self._pages(sequences, self._longest):
             for sequence in sequences:
                 if sequence.num_tokens >= self.total_max_length:
                     sequence.finish_reason = "length"
@@ -62,13 +63,25 @@ class Engine:
 
     def score(self, sequence: Sequence) -> None:
         """Fills ``sequence.logprobs`` with the log-probability of each of its tokens but the first, given those before it."""
-        with _pages(self.block_manager, [sequence], lambda s: s.num_tokens):
+        with self._pages([sequence], lambda s: s.num_tokens):
             while sequence.num_computed < sequence.num_tokens - 1:
                 left = sequence.num_tokens - 1 - sequence.num_computed
                 chunk = Chunk(sequence, min(left, self.max_num_batched_tokens), score=True)
                 _, logprobs = self.runner.step(pack([chunk]))
                 sequence.logprobs += logprobs.tolist()
                 sequence.num_computed += chunk.num_tokens
+
+    @contextmanager
+    def _pages(self, sequences: list[Sequence], longest: Callable[[Sequence], int]) -> Iterator[None]:
+        """Pages for every sequence up to the length ``longest`` gives, taken back however the block ends."""
+        try:
+            for sequence in sequences:
+                sequence.block_ids = self.block_manager.allocate(longest(sequence))
+            yield
+        finally:
+            for sequence in sequences:
+                self.block_manager.free(sequence.block_ids)
+                sequence.block_ids = []
 
     def _longest(self, sequence: Sequence) -> int:
         """Tokens the sequence can reach."""
@@ -94,22 +107,6 @@ class Engine:
             or sequence.num_tokens >= self.total_max_length
         ):
             sequence.finish_reason = "length"
-
-
-class _pages:
-    """Pages for every sequence up to the length ``longest`` gives, given back however the block ends."""
-
-    def __init__(self, block_manager: BlockManager, sequences: list[Sequence], longest: Callable[[Sequence], int]):
-        self.block_manager, self.sequences, self.longest = block_manager, sequences, longest
-
-    def __enter__(self) -> None:
-        for sequence in self.sequences:
-            sequence.block_ids = self.block_manager.allocate(self.longest(sequence))
-
-    def __exit__(self, *error: object) -> None:
-        for sequence in self.sequences:
-            self.block_manager.free(sequence.block_ids)
-            sequence.block_ids = []
 
 
 def batches(items: list, size: int) -> Iterator[list]:
