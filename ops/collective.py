@@ -1,7 +1,7 @@
 """Sums and gathers across the ranks of one job, and the group they form.
 
-Every rank makes the same calls in the same order. The operators survive jit.save and run inside the predictor; a process
-joins its group once, before the first of them runs.
+Every rank makes the same calls in the same order. The operators survive jit.save and run inside the predictor; a
+process joins its group once, before the first of them runs.
 """
 
 import ctypes
