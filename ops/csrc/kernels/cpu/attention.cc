@@ -122,30 +122,43 @@ void append(const Problem<E>& p, const float* inv_freq, int64_t t) {
   }
 }
 
-// 32 keys as columns: packed[d * 32 + k] = rows[k][d]; a key that is not there (null) is zero.
-inline void put_columns(const float*, const F32x16* words, int n, float* packed) {
-  for (int i = 0; i < n; ++i) store(packed + i * kKeys, words[i]);
-}
-inline void put_columns(const bf16*, const F32x16* words, int n, float* packed) {
-  for (int i = 0; i < n; ++i) {
-    store(packed + 2 * i * kKeys, lower_bf16(words[i]));
-    store(packed + (2 * i + 1) * kKeys, upper_bf16(words[i]));
+// The cache rows of positions j .. j + 31 of sequence b, head h. Positions outside first .. end - 1 repeat another's row: it
+// is readable, and what is made of it is never used. The rows are on their way into the cache when this returns: they lie in
+// too many places for the processor to foresee.
+template <class E>
+void find_rows(const Problem<E>& p, const E* cache, int64_t b, int64_t h, int64_t j, int64_t first, int64_t end,
+               const E** rows) {
+  const int64_t start = larger(j, first), stop = smaller(j + kKeys, end);
+  for (int64_t i = start; i < stop;) {
+    const E* row = cache + p.cache_offset(b, h, i);
+    for (const int64_t page_end = smaller(stop, i + p.block_size - i % p.block_size); i < page_end; ++i, row += p.D) {
+      rows[i - j] = row;
+      for (int64_t d = 0; d < p.D; d += 64 / sizeof(E)) __builtin_prefetch(row + d, 0, 2);
+    }
   }
+  if (start >= stop) return;
+  for (int64_t i = j; i < start; ++i) rows[i - j] = rows[start - j];
+  for (int64_t i = stop; i < j + kKeys; ++i) rows[i - j] = rows[start - j];
 }
+
+// 32 keys as columns: packed[d * 32 + k] = rows[k][d].
 template <class E>
 void pack_keys(const E* const* rows, int64_t D, float* packed) {
-  constexpr int64_t kPerWord = 4 / sizeof(E);
   for (int k = 0; k < kKeys; k += 16)
-    for (int64_t d = 0; d < D; d += 16 * kPerWord) {
-      const int n = static_cast<int>(smaller(16, (D - d) / kPerWord));
-      F32x16 words[16];
-      for (int i = 0; i < 16; ++i) {
-        const E* row = rows[k + i];
-        words[i] = row == nullptr ? zero() : n == 16 ? load_words(row + d) : load_words(row + d, n);
-      }
-      transpose(words);
-      put_columns(rows[0], words, n, packed + d * kKeys + k);
-    }
+    for_columns(rows + k, D, [&](int64_t d, F32x16 column) { store(packed + d * kKeys + k, column); });
+}
+
+// What score_block does, for rows that are alone with these keys: they are used as they are turned.
+template <int R, class E>
+void score_alone(const float* q, const E* const* rows, int64_t D, float scale, float* scores, int64_t stride) {
+  for (int k = 0; k < kKeys; k += 16) {
+    F32x16 sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = zero();
+    for_columns(rows + k, D, [&](int64_t d, F32x16 column) {
+      for (int r = 0; r < R; ++r) sums[r] = fma(set1(q[r * D + d]), column, sums[r]);
+    });
+    for (int r = 0; r < R; ++r) store(scores + r * stride + k, mul(sums[r], set1(scale)));
+  }
 }
 
 // scores[r][0 .. 31] = q[r] . keys * scale, summed in increasing d.
@@ -251,13 +264,17 @@ void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64
     for (int64_t g = 0; g < group; ++g)
       rotate(p.qkv_row(t + i) + (kv * group + g) * D, p.rotary + (t + i) * D, q + (i * group + g) * D, D);
 
-  const E* cached[kKeys];
-  const auto find_rows = [&](const E* cache, int64_t j) {
-    for (int k = 0; k < kKeys; ++k)
-      cached[k] = j + k >= p.first_seen(position) && j + k < end ? cache + p.cache_offset(b, kv, j + k) : nullptr;
-  };
+  const int64_t first = p.first_seen(position);
+  const E *cached[kKeys], *next[kKeys];
+  find_rows(p, p.key_cache, b, kv, base, first, end, next);
   for (int64_t j = base; j < end; j += kKeys) {
-    find_rows(p.key_cache, j);
+    memcpy(cached, next, sizeof cached);
+    find_rows(p, p.key_cache, b, kv, j + kKeys, first, end, next);
+    if (rows <= kBlockRows) {
+      with_rows<kBlockRows>(
+          rows, [&](auto block) { score_alone<decltype(block)::value>(q, cached, D, p.scale, scores + j - base, span); });
+      continue;
+    }
     pack_keys(cached, D, keys);
     for (int64_t r = 0; r < rows; r += kBlockRows) {
       const int64_t n = smaller(kBlockRows, rows - r);
@@ -275,24 +292,26 @@ void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64
   }
 
   const bool unpack = D % 16 != 0 || (sizeof(E) != sizeof(float) && tokens > 1);
+  find_rows(p, p.value_cache, b, kv, base, first, end, next);
   for (int64_t j = base; j < end; j += kKeys) {
-    find_rows(p.value_cache, j);
+    memcpy(cached, next, sizeof cached);
+    find_rows(p, p.value_cache, b, kv, j + kKeys, first, end, next);
     const float* unpacked[kKeys];
     for (int k = 0; unpack && k < kKeys; ++k) {
       unpacked[k] = values + k * width;
-      for (int64_t d = 0; cached[k] && d < width; d += 16) {
+      for (int64_t d = 0; d < width; d += 16) {
         const int n = static_cast<int>(smaller(16, D - d));
         store(values + k * width + d, n == 16 ? load(cached[k] + d) : load_partial(cached[k] + d, n));
       }
     }
     for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t first = larger(j, p.first_seen(position + i)), n = smaller(j + kKeys, position + i + 1) - first;
+      const int64_t from = larger(j, p.first_seen(position + i)), n = smaller(j + kKeys, position + i + 1) - from;
       if (n <= 0) continue;
-      const float* weights = scores + i * group * span + first - base;
+      const float* weights = scores + i * group * span + from - base;
       if (unpack)
-        add_values(weights, span, unpacked + (first - j), n, group, sums + i * group * width, width);
+        add_values(weights, span, unpacked + (from - j), n, group, sums + i * group * width, width);
       else
-        add_values(weights, span, cached + (first - j), n, group, sums + i * group * width, width);
+        add_values(weights, span, cached + (from - j), n, group, sums + i * group * width, width);
     }
   }
 

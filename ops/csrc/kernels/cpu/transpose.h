@@ -113,6 +113,35 @@ static inline void transpose(F32x16* r) {
 
 #endif
 
+// f(d, column) for d = 0 .. D - 1: element d of sixteen rows.
+template <class F>
+static inline void use_columns(const float*, int64_t d, F32x16 word, F f) {
+  f(d, word);
+}
+template <class F>
+static inline void use_columns(const bf16*, int64_t d, F32x16 word, F f) {
+  f(d, lower_bf16(word));
+  f(d + 1, upper_bf16(word));
+}
+template <class E, class F>
+static inline void for_columns(const E* const* rows, int64_t D, F f) {
+  constexpr int64_t kPerWord = 4 / sizeof(E);
+  F32x16 words[16];
+  int64_t d = 0;
+  for (; d + 16 * kPerWord <= D; d += 16 * kPerWord) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) words[i] = load_words(rows[i] + d);
+    transpose(words);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) use_columns(rows[0], d + i * kPerWord, words[i], f);
+  }
+  if (d == D) return;
+  const int rest = static_cast<int>((D - d) / kPerWord);
+  for (int i = 0; i < 16; ++i) words[i] = load_words(rows[i] + d, rest);
+  transpose(words);
+  for (int i = 0; i < rest; ++i) use_columns(rows[0], d + i * kPerWord, words[i], f);
+}
+
 }  // namespace PM_ISA
 }  // namespace pm
 #endif  // PADDLE_MIXTRAL_TRANSPOSE_H_
