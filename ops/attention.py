@@ -31,7 +31,7 @@ def append_attention(
         block_tables: [B, M] int32: position p of sequence b lives in page ``block_tables[b, p // block_size]``; entries
             no position needs (padding, or pages that slid out of the window) are never looked at.
         num_heads, num_kv_heads: Hq and Hkv; Hq a multiple of Hkv.
-        rope_theta: base of the rotary frequencies, taken in float32; NeoX rotation (halves of a head).
+        rope_theta: base of the rotary frequencies; NeoX rotation (halves of a head).
         sliding_window: positions a query sees, its own included; 0: all.
 
     Returns:
@@ -53,6 +53,6 @@ def append_attention(
         block_tables,
         num_heads,
         num_kv_heads,
-        float(rope_theta),
+        repr(float(rope_theta)),
         sliding_window,
     )[0]

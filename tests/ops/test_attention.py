@@ -205,6 +205,43 @@ def test_rope_theta_keeps_its_double_precision():
     assert (written != reference_keys(float(np.float32(10.1)))).any()
 
 
+class Layer(paddle.nn.Layer):
+    """append_attention as a program of its own, for paddle.jit.save."""
+
+    def __init__(self, heads: Heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, qkv, keys, values, cu_seqlens, context_lens, block_tables):
+        return append_attention(qkv, keys, values, cu_seqlens, context_lens, block_tables, *self.heads.arguments())
+
+
+def test_static_program_equals_dynamic(tmp_path):
+    heads = Heads(4, 2, 16, 10.1, 7)
+    cache = (None, heads.num_kv_heads, 8, heads.head_dim)
+    shapes = [(None, heads.width), cache, cache, (None,), (None,), (None, None)]
+    specs = [paddle.static.InputSpec(list(x), "float32" if i < 3 else "int32") for i, x in enumerate(shapes)]
+    paddle.jit.save(paddle.jit.to_static(Layer(heads), input_spec=specs, full_graph=True), str(tmp_path / "layer"))
+    config = paddle.inference.Config(str(tmp_path / "layer.json"), str(tmp_path / "layer.pdiparams"))
+    config.disable_onednn()
+    config.disable_glog_info()
+    predictor = paddle.inference.create_predictor(config)
+
+    dynamic, static = Cache(heads, 1, 40, 8), Cache(heads, 1, 40, 8)
+    for context, length in [(0, 30), (30, 1), (31, 6)]:
+        piece = random(length, heads.width, seed=length)
+        expected = dynamic.step([0], [piece], [context])[0]
+        inputs = [paddle.to_tensor(piece), static.keys, static.values]
+        inputs += [paddle.to_tensor(np.array(x, np.int32)) for x in ([0, length], [context], static.block_tables)]
+        for name, tensor in zip(predictor.get_input_names(), inputs, strict=True):
+            predictor.get_input_handle(name).share_external_data(tensor)
+        predictor.run()
+        out = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+        np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(values_of(static.keys), values_of(dynamic.keys))
+    np.testing.assert_array_equal(values_of(static.values), values_of(dynamic.values))
+
+
 def test_no_tokens_give_no_rows():
     cache = Cache(MIXTRAL_LIKE, 2, 16, 16)
     keys = values_of(cache.keys)
@@ -233,6 +270,7 @@ def test_instruction_sets_agree():
 REFUSALS = [
     ({"num_heads": 3}, "num_heads is 3, needs a positive multiple of num_kv_heads = 2"),
     ({"rope_theta": 0.0}, "rope_theta is 0, needs a positive number"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, needs a positive number"),
     ({"sliding_window": -1}, "sliding_window is -1, needs a number of positions, or 0 for none"),
     ({"cache_shape": (4, 2, 8, 15)}, "head_dim is 15 .*, needs a positive even number"),
     ({"cache_shape": (4, 3, 8, 16)}, r"key_cache has shape \[4, 3, 8, 16\], needs \[-1, 2, -1, -1\]"),

@@ -1,6 +1,7 @@
 // pm_append_attention: checks and allocation around kernels/include/attention.h.
 #include "../kernels/include/attention.h"
 
+#include <charconv>
 #include <cmath>
 
 #include "binding.h"
@@ -12,6 +13,15 @@ using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
 constexpr const char* kOp = "append_attention";
+
+// A double travels as text: static programs have no attribute of that type, and a float would change the angles.
+double to_double(const char* name, const std::string& text) {
+  double value = 0;
+  const auto read = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (read.ec != std::errc() || read.ptr != text.data() + text.size())
+    pm::fail(kOp, name, " is '", text, "', needs the text of a number, as 1000000.0");
+  return value;
+}
 
 // Every row has one sequence, and every position the new rows write or read has a page of the cache.
 void check_sequences(const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* block_tables, int64_t T,
@@ -39,9 +49,10 @@ void check_sequences(const int32_t* cu_seqlens, const int32_t* context_lens, con
 
 std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const Tensor& cu_seqlens,
                                      const Tensor& context_lens, const Tensor& block_tables, int num_heads, int num_kv_heads,
-                                     float rope_theta, int64_t sliding_window) {
+                                     const std::string& rope_theta_text, int64_t sliding_window) {
   if (num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0)
     pm::fail(kOp, "num_heads is ", num_heads, ", needs a positive multiple of num_kv_heads = ", num_kv_heads);
+  const double rope_theta = to_double("rope_theta", rope_theta_text);
   if (!(rope_theta > 0) || !std::isfinite(rope_theta))
     pm::fail(kOp, "rope_theta is ", rope_theta, ", needs a positive number");
   if (sliding_window < 0)
@@ -72,7 +83,7 @@ std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tenso
 
 // The caches keep their own shape and dtype: Paddle copies those of a pair in place.
 std::vector<Shape> append_attention_shape(const Shape& qkv, const Shape& key_cache, const Shape&, const Shape&, const Shape&,
-                                          const Shape&, int num_heads, int, float, int64_t) {
+                                          const Shape&, int num_heads, int, const std::string&, int64_t) {
   return {{qkv[0], num_heads * key_cache[3]}};
 }
 std::vector<DataType> append_attention_dtype(const DataType& qkv, const DataType&, const DataType&, const DataType&,
@@ -85,7 +96,7 @@ std::vector<DataType> append_attention_dtype(const DataType& qkv, const DataType
 PD_BUILD_OP(pm_append_attention)
     .Inputs({"Qkv", "KeyCache", "ValueCache", "CuSeqlens", "ContextLens", "BlockTables"})
     .Outputs({"Out", "KeyCacheOut", "ValueCacheOut"})
-    .Attrs({"num_heads: int", "num_kv_heads: int", "rope_theta: float", "sliding_window: int64_t"})
+    .Attrs({"num_heads: int", "num_kv_heads: int", "rope_theta: std::string", "sliding_window: int64_t"})
     .SetInplaceMap({{"KeyCache", "KeyCacheOut"}, {"ValueCache", "ValueCacheOut"}})
     .SetKernelFn(PD_KERNEL(append_attention))
     .SetInferShapeFn(PD_INFER_SHAPE(append_attention_shape))
