@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 import pytest
-from instruction_sets import digests
 
 from ops import reference
 from ops.attention import append_attention
 from ops.library import num_threads, set_num_threads
+from tests.ops.instruction_sets import digests
 
 # float32 dot products and softmax sums in another order; results are averages of values of order one.
 FLOAT32_TOLERANCE = 3e-6

@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import paddle
 import pytest
-from instruction_sets import digests
 
 from ops import reference
 from ops.library import num_threads, set_num_threads
 from ops.sampling import FLOAT_COLUMNS, INT_COLUMNS, sample
+from tests.ops.instruction_sets import digests
 
 FLOAT_DEFAULTS = dict(zip(FLOAT_COLUMNS, (0.0, 1.0, 0.0, 1.0, 0.0, 0.0), strict=True))
 INT_DEFAULTS = dict(zip(INT_COLUMNS, (0, 0, 0, -1, 0), strict=True))
