@@ -17,6 +17,8 @@ namespace {
 
 // Keys scored and values added at a time: two vectors of positions.
 constexpr int kKeys = 32;
+// Bytes of a cache line.
+constexpr int64_t kLine = 64;
 // Rows of a unit, so that a tile of keys is unpacked once for as many; fewer when their scores would pass kScoreFloats.
 constexpr int64_t kRows = 64;
 constexpr int64_t kScoreFloats = int64_t{1} << 20;
@@ -123,18 +125,15 @@ void append(const Problem<E>& p, const float* inv_freq, int64_t t) {
 }
 
 // The cache rows of positions j .. j + 31 of sequence b, head h. Positions outside first .. end - 1 repeat another's row: it
-// is readable, and what is made of it is never used. The rows are on their way into the cache when this returns: they lie in
-// too many places for the processor to foresee.
+// is readable, and what is made of it is never used. Where no position is inside, `rows` stays as it was.
 template <class E>
 void find_rows(const Problem<E>& p, const E* cache, int64_t b, int64_t h, int64_t j, int64_t first, int64_t end,
                const E** rows) {
   const int64_t start = larger(j, first), stop = smaller(j + kKeys, end);
   for (int64_t i = start; i < stop;) {
     const E* row = cache + p.cache_offset(b, h, i);
-    for (const int64_t page_end = smaller(stop, i + p.block_size - i % p.block_size); i < page_end; ++i, row += p.D) {
-      rows[i - j] = row;
-      for (int64_t d = 0; d < p.D; d += 64 / sizeof(E)) __builtin_prefetch(row + d, 0, 2);
-    }
+    const int64_t page_end = smaller(stop, i + p.block_size - i % p.block_size);
+    for (; i < page_end; ++i, row += p.D) rows[i - j] = row;
   }
   if (start >= stop) return;
   for (int64_t i = j; i < start; ++i) rows[i - j] = rows[start - j];
@@ -143,18 +142,19 @@ void find_rows(const Problem<E>& p, const E* cache, int64_t b, int64_t h, int64_
 
 // 32 keys as columns: packed[d * 32 + k] = rows[k][d].
 template <class E>
-void pack_keys(const E* const* rows, int64_t D, float* packed) {
+void pack_keys(const E* const* rows, const E* const* ahead, int64_t D, float* packed) {
   for (int k = 0; k < kKeys; k += 16)
-    for_columns(rows + k, D, [&](int64_t d, F32x16 column) { store(packed + d * kKeys + k, column); });
+    for_columns(rows + k, ahead + k, D, [&](int64_t d, F32x16 column) { store(packed + d * kKeys + k, column); });
 }
 
 // What score_block does, for rows that are alone with these keys: they are used as they are turned.
 template <int R, class E>
-void score_alone(const float* q, const E* const* rows, int64_t D, float scale, float* scores, int64_t stride) {
+void score_alone(const float* q, const E* const* rows, const E* const* ahead, int64_t D, float scale, float* scores,
+                 int64_t stride) {
   for (int k = 0; k < kKeys; k += 16) {
     F32x16 sums[R];
     for (int r = 0; r < R; ++r) sums[r] = zero();
-    for_columns(rows + k, D, [&](int64_t d, F32x16 column) {
+    for_columns(rows + k, ahead + k, D, [&](int64_t d, F32x16 column) {
       for (int r = 0; r < R; ++r) sums[r] = fma(set1(q[r * D + d]), column, sums[r]);
     });
     for (int r = 0; r < R; ++r) store(scores + r * stride + k, mul(sums[r], set1(scale)));
@@ -198,16 +198,18 @@ inline float exponentials(float* scores, int64_t first, int64_t last) {
   return reduce_add(sums);
 }
 
-// sums[r][0 .. 16 C - 1] += weights[r][j] * rows[j][d ..], in increasing j.
+// sums[r][0 .. 16 C - 1] += weights[r][j] * rows[j][d ..], in increasing j. Meanwhile the rows `ahead`, unless null, are
+// fetched.
 template <int R, int C, class V>
-void add_block(const float* weights, int64_t stride, const V* const* rows, int64_t d, int64_t n, float* sums,
-               int64_t width) {
+void add_block(const float* weights, int64_t stride, const V* const* rows, const V* const* ahead, int64_t d, int64_t n,
+               float* sums, int64_t width) {
   F32x16 a[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) a[r][c] = load(sums + r * width + d + 16 * c);
   for (int64_t j = 0; j < n; ++j) {
     F32x16 v[C];
     for (int c = 0; c < C; ++c) v[c] = load(rows[j] + d + 16 * c);
+    for (int64_t c = 0; ahead && c < 16 * C; c += kLine / sizeof(V)) __builtin_prefetch(ahead[j] + d + c, 0, 2);
     for (int r = 0; r < R; ++r) {
       const F32x16 w = set1(weights[r * stride + j]);
       for (int c = 0; c < C; ++c) a[r][c] = fma(w, v[c], a[r][c]);
@@ -223,15 +225,16 @@ constexpr int columns(int rows) {
 }
 // The same for all the query heads of one token.
 template <class V>
-void add_values(const float* weights, int64_t stride, const V* const* rows, int64_t n, int64_t heads, float* sums,
-                int64_t width) {
+void add_values(const float* weights, int64_t stride, const V* const* rows, const V* const* ahead, int64_t n, int64_t heads,
+                float* sums, int64_t width) {
   for (int64_t h = 0; h < heads; h += kBlockRows)
     with_rows<kBlockRows>(smaller(kBlockRows, heads - h), [&](auto block) {
       constexpr int R = decltype(block)::value, C = columns(R);
       int64_t d = 0;
       for (; d + 16 * C <= width; d += 16 * C)
-        add_block<R, C>(weights + h * stride, stride, rows, d, n, sums + h * width, width);
-      for (; d < width; d += 16) add_block<R, 1>(weights + h * stride, stride, rows, d, n, sums + h * width, width);
+        add_block<R, C>(weights + h * stride, stride, rows, h ? nullptr : ahead, d, n, sums + h * width, width);
+      for (; d < width; d += 16)
+        add_block<R, 1>(weights + h * stride, stride, rows, h ? nullptr : ahead, d, n, sums + h * width, width);
     });
 }
 
@@ -271,11 +274,12 @@ void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64
     memcpy(cached, next, sizeof cached);
     find_rows(p, p.key_cache, b, kv, j + kKeys, first, end, next);
     if (rows <= kBlockRows) {
-      with_rows<kBlockRows>(
-          rows, [&](auto block) { score_alone<decltype(block)::value>(q, cached, D, p.scale, scores + j - base, span); });
+      with_rows<kBlockRows>(rows, [&](auto block) {
+        score_alone<decltype(block)::value>(q, cached, next, D, p.scale, scores + j - base, span);
+      });
       continue;
     }
-    pack_keys(cached, D, keys);
+    pack_keys(cached, next, D, keys);
     for (int64_t r = 0; r < rows; r += kBlockRows) {
       const int64_t n = smaller(kBlockRows, rows - r);
       if (j > position + (r + n - 1) / group || j + kKeys <= p.first_seen(position + r / group)) continue;
@@ -296,6 +300,9 @@ void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64
   for (int64_t j = base; j < end; j += kKeys) {
     memcpy(cached, next, sizeof cached);
     find_rows(p, p.value_cache, b, kv, j + kKeys, first, end, next);
+    const bool paced = tokens == 1 && !unpack;  // else there is so much to do with these rows that the next come at once
+    for (int k = 0; !paced && k < kKeys; ++k)
+      for (int64_t d = 0; d < D; d += kLine / sizeof(E)) __builtin_prefetch(next[k] + d, 0, 2);
     const float* unpacked[kKeys];
     for (int k = 0; unpack && k < kKeys; ++k) {
       unpacked[k] = values + k * width;
@@ -309,9 +316,11 @@ void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64
       if (n <= 0) continue;
       const float* weights = scores + i * group * span + from - base;
       if (unpack)
-        add_values(weights, span, unpacked + (from - j), n, group, sums + i * group * width, width);
+        add_values(weights, span, unpacked + (from - j), static_cast<const float* const*>(nullptr), n, group,
+                   sums + i * group * width, width);
       else
-        add_values(weights, span, cached + (from - j), n, group, sums + i * group * width, width);
+        add_values(weights, span, cached + (from - j), paced ? next + (from - j) : nullptr, n, group,
+                   sums + i * group * width, width);
     }
   }
 
