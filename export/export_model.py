@@ -70,7 +70,7 @@ def export_model(
 
 
 def _clear(folder: Path) -> None:
-    """An empty folder to export to; an older export there goes, its manifest first, anything else stays and is an error."""
+    """An empty folder to export to; an older export goes, its manifest first; anything else stays and is an error."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_path {folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,8 @@ def _clear(folder: Path) -> None:
     )
     if foreign or (names and not any(n.startswith("rank_") for n in names)):
         raise ConfigError(
-            f"--output_path {folder} holds {(foreign or sorted(names))[0]}, which no export wrote; give an empty or new folder"
+            f"--output_path {folder} holds {(foreign or sorted(names))[0]}, which no export wrote; "
+            "give an empty or new folder"
         )
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():

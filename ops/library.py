@@ -53,7 +53,7 @@ def run(op: str, *arguments):
         ValueError: a binding refused its arguments; the message says what it found and what it needs.
     """
     try:
-        return _C_ops._run_custom_op(op, *arguments)
+        return _C_ops._run_custom_op(op, *arguments)  # type: ignore[attr-defined]
     except OSError as error:  # what Paddle makes of a binding's PD_THROW
         raise ValueError(str(error).partition("\n")[0]) from None
 

@@ -23,8 +23,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--model_name_or_path",
         metavar="MODEL",
         default=str(DEMO),
-        help="checkpoint folder, exported folder (--mode static), dummy:mixtral-8x7b (random weights of that size), or a "
-        "remote name such as mistralai/Mixtral-8x7B-Instruct-v0.1; default: the demo checkpoint",
+        help="checkpoint folder, exported folder (--mode static), dummy:mixtral-8x7b (random weights of that size), or "
+        "a remote name such as mistralai/Mixtral-8x7B-Instruct-v0.1; default: the demo checkpoint",
     )
     model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
     model.add_argument("--quant_type", type=_quant_type, metavar="weight_only_int8", help="int8 weights (alias: wint8)")
@@ -47,7 +47,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     text.add_argument(
         "--chat_template",
         metavar="TEMPLATE",
-        help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), or a template file; default: none (raw text)",
+        help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), a template file, or a Jinja template; "
+        "default: none (raw text)",
     )
     text.add_argument("--batch_size", type=int, metavar="N", help="requests that run together; default: 1")
     text.add_argument("--src_length", type=int, metavar="N", help="tokens of a prompt at the most; default: 1024")

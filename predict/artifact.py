@@ -51,8 +51,8 @@ class Artifact:
         """Reads and checks the manifest.
 
         Raises:
-            ArtifactError: not an artefact, another format, operator ABI or Paddle than this one, or a file missing or of
-                another size.
+            ArtifactError: not an artefact, another format, operator ABI or Paddle than this one, or a file missing or
+                of another size.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).exists():
@@ -66,7 +66,8 @@ class Artifact:
             for key, needed in wanted.items():
                 if manifest.get(key) != needed:
                     raise ArtifactError(
-                        f"{folder}: exported with {key} {manifest.get(key)!r}, this version needs {needed!r}; export it again"
+                        f"{folder}: exported with {key} {manifest.get(key)!r}, this version needs {needed!r}; "
+                        "export it again"
                     )
             if _minor(manifest["paddle_version"]) != _minor(paddle.__version__):
                 raise ArtifactError(
@@ -96,8 +97,7 @@ class Artifact:
                 raise ArtifactError(f"{path}: {found}, the manifest says {entry['bytes']}; copy or export it again")
 
     def require(self, dtype: str | None, quant_type: str | None, world_size: int, block_size: int | None) -> None:
-        """Refuses an artefact that is not what was asked for (None: whatever it is; for quant_type too, so that the flag may
-        be left out).
+        """Refuses an artefact that is not what was asked for; None asks for nothing: a flag left out.
 
         Raises:
             ArtifactError: says what the artefact is, what was asked, and what to do.

@@ -1,4 +1,4 @@
-"""--benchmark: decoding and prefill of one sequence on random tokens, against the memory's read rate of the same run."""
+"""--benchmark: prefill and decoding of one sequence of random tokens, against the memory's read rate of that run."""
 
 import sys
 import time
@@ -47,7 +47,8 @@ def run(llm: LLM, show: bool) -> None:
     low, high = np.percentile(decode, [10, 90])
     print(f"decode, batch 1, context {SHORT_CONTEXT}: {1 / step:.2f} tokens/s (p10 {1 / high:.2f}, p90 {1 / low:.2f})")
     print(
-        f"  active bytes a token, a rank: {(weights + cache) / 1e6:.1f} MB (weights {weights / 1e6:.1f}, KV {cache / 1e6:.1f})"
+        f"  active bytes a token, a rank: {(weights + cache) / 1e6:.1f} MB "
+        f"(weights {weights / 1e6:.1f}, KV {cache / 1e6:.1f})"
     )
     print(f"  {(weights + cache) / step / 1e9:.1f} GB/s of {read / 1e9:.1f} GB/s read, measured in this run: ", end="")
     print(f"{100 * (weights + cache) / step / read:.0f} %")
@@ -60,7 +61,7 @@ def _seconds(llm: LLM, prompt: list[int], new_tokens: int) -> list[float]:
     sequence = Sequence(list(prompt), SamplingParams(max_tokens=new_tokens, ignore_eos=True))
     manager = llm.engine.block_manager
     sequence.block_ids = manager.allocate(len(prompt) + new_tokens)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < new_tokens:
         chunk = Chunk(sequence, sequence.num_tokens - sequence.num_computed)
         started = time.perf_counter()

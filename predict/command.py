@@ -12,7 +12,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 def run_command(main: Callable[[Ranks], None]) -> int:
-    """Joins the job's ranks, runs ``main`` and returns the exit status; errors a user can mend are printed, not raised."""
+    """Joins the job's ranks, runs ``main`` and returns the exit status; what a user can mend is printed, not raised."""
     return parallel.run(lambda ranks: _status(main, ranks))
 
 

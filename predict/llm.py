@@ -1,12 +1,14 @@
 """The Python API: LLM(model).generate(prompts, SamplingParams(...)) and .chat(messages)."""
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ops import library
 from predict.artifact import Artifact
-from predict.engine.engine import Engine, Runner, batches
+from predict.engine.engine import Engine, batches
 from predict.engine.request import SamplingParams, Sequence
 from predict.model.chat import ChatTemplate, load_chat_template
 from predict.model.config import MixtralConfig
@@ -28,7 +30,7 @@ class Completion:
     Attributes:
         prompt_token_ids: the prompt as the model saw it.
         text: what the generated tokens add to the prompt.
-        token_ids, logprobs: generated tokens, the end-of-sequence token included, and the model's log-probability of each.
+        token_ids, logprobs: generated tokens, the end-of-sequence token included, and their log-probabilities.
         finish_reason: "stop" (end of sequence) or "length" (max_tokens, or the total length, was reached).
     """
 
@@ -110,7 +112,7 @@ class LLM:
             artifact.verify(self.ranks.rank == 0)
         self.dtype, self.quant_type = artifact.dtype, artifact.quant_type
         self._prepare(artifact.config, artifact.folder, total_max_length, artifact.block_size)
-        self.runner: Runner = StaticRunner(
+        self.runner: StaticRunner | DynamicRunner = StaticRunner(
             artifact.program(self.ranks.rank),
             artifact.config,
             artifact.world_size,
@@ -141,8 +143,8 @@ class LLM:
         self.tokenizer: Tokenizer = load_tokenizer(folder or DEMO)
         if self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"{self.tokenizer.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-                "they do not belong together"
+                f"{self.tokenizer.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{config.vocab_size}; they do not belong together"
             )
         self.num_blocks = self.batch_size * -(-self.total_max_length // block_size)
 
@@ -166,8 +168,8 @@ class LLM:
         Raises:
             ValueError: a prompt is empty, too long, or holds a token outside the vocabulary; names the prompt.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in texts]
+        given: list[str | Seq[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in given]
         return self.complete(ids, sampling_params, on_token)
 
     def chat(
@@ -181,7 +183,8 @@ class LLM:
         Raises:
             ValueError: roles or content the template refuses; says which message.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        one = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast(Seq[Seq[Message]], [messages] if one else messages)
         return self.complete([self.encode_chat(c) for c in conversations], sampling_params, on_token, chat=True)
 
     def encode_chat(self, messages: Seq[Message]) -> list[int]:
@@ -204,14 +207,15 @@ class LLM:
         on_token: Callable[[int, int], None] | None = None,
         chat: bool = False,
     ) -> list[Completion]:
-        """Continues prompts that are token ids already; as the answer of a chat, ``chat`` drops the text's leading space."""
-        params = [sampling_params or SamplingParams()] * len(prompts)
-        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+        """Continues prompts that are token ids; ``chat`` drops the leading space of the text, which answers a chat."""
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
             params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise ValueError(
-                    f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt"
-                )
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt"
+            )
         for i, prompt in enumerate(prompts):
             self._check_prompt(i, prompt)
         sequences = [Sequence(list(p), s) for p, s in zip(prompts, params, strict=True)]
@@ -228,8 +232,8 @@ class LLM:
             raise ValueError(f"prompt {i} is empty; needs at least one token")
         if len(prompt) >= self.total_max_length:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, total_max_length is {self.total_max_length}: no room for an answer; "
-                "shorten it or raise total_max_length"
+                f"prompt {i} has {len(prompt)} tokens, total_max_length is {self.total_max_length}: "
+                "no room for an answer; shorten it or raise total_max_length"
             )
         for token in prompt:
             if not 0 <= token < self.config.vocab_size:

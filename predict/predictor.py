@@ -89,10 +89,7 @@ def _total_max_length(args: argparse.Namespace, src_length: int, params: Samplin
 
 
 def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
-    if chat:
-        ids = llm.encode_chat([{"role": "user", "content": row.src}])
-    else:
-        ids = llm.tokenizer.encode(row.src)
+    ids = llm.encode_chat([{"role": "user", "content": row.src}]) if chat else llm.tokenizer.encode(row.src)
     if len(ids) > src_length:
         raise ValueError(
             f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text"

@@ -8,7 +8,7 @@ LOG_INTERVAL_S = 10.0
 
 
 def progress(description: str, total: int, unit: str, enabled: bool = True) -> tqdm:
-    """A tqdm bar; a unit other than "row" is counted in thousands and millions. Only the first rank passes enabled=True."""
+    """A tqdm bar; a unit other than "row" is counted in thousands and millions. Only rank 0 passes enabled=True."""
     live = sys.stderr.isatty()
     return tqdm(
         desc=description,

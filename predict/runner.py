@@ -53,9 +53,9 @@ class DynamicRunner:
 
     def logits(self, batch: StepBatch) -> np.ndarray:
         """The logits [S, V] float32 the step would sample from."""
-        arrays = [paddle.to_tensor(a) for a in batch.arrays()[:5]]
+        arguments = [*map(paddle.to_tensor, batch.arrays()[:5]), self.caches]
         with paddle.no_grad():
-            return self.model.logits(*arrays, self.caches).numpy()
+            return self.model.logits(*arguments).numpy()
 
 
 class StaticRunner:

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of our network for a checkpoint folder, as the comparisons with transformers ask for them."""
+"""Logits and greedy tokens of our network for a checkpoint folder, for the comparisons with transformers."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -12,7 +12,7 @@ GREEDY = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # a row of sampling_floats
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's inputs, as every runner and every exported program takes them: T new tokens of B sequences, S rows sampled.
+    """One step's inputs, as every runner and exported program takes them: T new tokens of B sequences, S rows sampled.
 
     Attributes:
         token_ids: [T] int32, the new tokens of all sequences one after another.
@@ -65,8 +65,8 @@ class Chunk:
 def pack(chunks: list[Chunk]) -> StepBatch:
     """Packs chunks, in order, into one step.
 
-    A step whose chunks are all in mid-prompt still samples its last row, greedily, because a program needs S >= 1; whoever
-    asked for nothing reads nothing of it.
+    A step whose chunks are all in mid-prompt still samples its last row, greedily, because a program needs S >= 1;
+    whoever asked for nothing reads nothing of it.
     """
     token_ids: list[int] = []
     rows: list[int] = []

@@ -62,7 +62,7 @@ class Engine:
                         on_token(sequence, token)
 
     def score(self, sequence: Sequence) -> None:
-        """Fills ``sequence.logprobs`` with the log-probability of each of its tokens but the first, given those before it."""
+        """Fills ``sequence.logprobs``: the log-probability of each token but the first, given those before it."""
         with self._pages([sequence], lambda s: s.num_tokens):
             while sequence.num_computed < sequence.num_tokens - 1:
                 left = sequence.num_tokens - 1 - sequence.num_computed

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder read tensor by tensor: every header checked first, no tensor copied, nothing unpickled."""
+"""A Hugging Face checkpoint folder read tensor by tensor: headers checked first, none copied, nothing unpickled."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from predict.model.config import ConfigError, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# safetensors' names of the element types a Mixtral checkpoint may use, ours, and what NumPy reads them as (it has no bfloat16).
-ELEMENT_TYPES = {
+# The element types a Mixtral checkpoint may use: safetensors' name, ours, and what NumPy (without bfloat16) reads.
+ELEMENT_TYPES: dict[str, tuple[str, np.dtype]] = {
     "F32": ("float32", np.dtype(np.float32)),
     "BF16": ("bfloat16", np.dtype(np.uint16)),
     "F16": ("float16", np.dtype(np.float16)),
@@ -38,7 +38,7 @@ class TensorEntry:
 class Checkpoint:
     """The tensors of a folder holding model.safetensors, or shards with model.safetensors.index.json.
 
-    Opening reads and checks headers only. ``read`` maps one tensor's bytes; slicing what it returns reads those pages alone.
+    Opening reads and checks headers only. ``read`` maps one tensor's bytes; slicing that reads those pages alone.
 
     Raises:
         CheckpointError: no safetensors files, a bad index, a truncated or damaged file; names the file.
@@ -111,7 +111,8 @@ class Checkpoint:
                     problems.append(f"{entry.file}: tensor {name} {list(entry.shape)} does not belong to this model")
             elif entry.shape != expected[name]:
                 problems.append(
-                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, needs {list(expected[name])} (config.json)"
+                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, "
+                    f"needs {list(expected[name])} (config.json)"
                 )
             elif entry.dtype not in ELEMENT_TYPES:
                 problems.append(
@@ -130,7 +131,7 @@ class Checkpoint:
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
     try:
-        # safetensors itself refuses a truncated, overlapping or oversized header; NumPy then needs the offsets it hides.
+        # safetensors refuses a truncated, overlapping or oversized header; NumPy then needs the offsets it hides.
         with safe_open(file, framework="numpy"):
             pass
         with open(file, "rb") as stream:

@@ -47,7 +47,7 @@ class MixtralConfig:
         """Reads a config.json written by transformers 4 or 5.
 
         Raises:
-            ConfigError: no such file, not JSON, not a Mixtral, a value missing or out of range; says which and what is needed.
+            ConfigError: no such file, not JSON, not a Mixtral, a value missing or out of range; says what is needed.
         """
         return MixtralConfig.from_dict(read_json(path, "a Mixtral checkpoint's config.json"), str(path))
 
@@ -69,7 +69,8 @@ class MixtralConfig:
         heads = fields.integer("num_attention_heads")
         if raw.get("head_dim") is None and hidden_size % heads:
             raise ConfigError(
-                f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads} and no head_dim is given"
+                f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads} "
+                "and no head_dim is given"
             )
         config = MixtralConfig(
             vocab_size=fields.integer("vocab_size"),
@@ -92,7 +93,8 @@ class MixtralConfig:
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ConfigError(
-                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+                f"{source}: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
             )
         if config.num_experts_per_tok > config.num_local_experts:
             raise ConfigError(
@@ -159,7 +161,7 @@ class _Fields:
         return self._positive("rope_theta", parameters.get("rope_theta", self.raw.get("rope_theta")))
 
     def dtype(self) -> str:
-        """dtype (transformers 5) or torch_dtype (transformers 4); float32 where neither is given, as transformers has it."""
+        """dtype (transformers 5) or torch_dtype (transformers 4); float32 without either, as in transformers."""
         value = self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"
         if value not in DTYPES:
             raise ConfigError(f"{self.source}: dtype is {value!r}, needs one of {', '.join(DTYPES)}")

@@ -1,6 +1,7 @@
-"""Mixtral as a Paddle dynamic-graph network on our own operators: the step of the contract, written once for both modes.
+"""Mixtral as a Paddle dynamic-graph network on our own operators: the step of the contract, written for both modes.
 
-The residual stream and whatever is summed across ranks is float32; what enters a matrix product has the activation dtype.
+The residual stream and whatever is summed across ranks is float32; what enters a matrix product has the activation
+dtype.
 Shapes: T packed tokens, B sequences, S sampled rows, H hidden, I this rank's share of the intermediate size, E experts,
 Hq / Hkv this rank's query / key-value heads, D head size, V vocabulary.
 """
@@ -109,7 +110,7 @@ class Mixtral(nn.Layer):
         self.eval()
 
     def logits(self, token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches) -> paddle.Tensor:
-        """Runs the layers over the packed tokens, writes the caches, and gives the logits [S, V] float32 of sample_rows."""
+        """Runs the layers over the packed tokens, writes the caches; gives the logits [S, V] float32 of sample_rows."""
         residual, delta = paddle.cast(nn.functional.embedding(token_ids, self.embed_tokens), "float32"), None
         for i, layer in enumerate(self.layers):
             key_cache, value_cache = caches[2 * i], caches[2 * i + 1]

@@ -37,7 +37,7 @@ class ModelSource:
 
 
 def find_model(name: str | Path, num_hidden_layers: int | None = None) -> ModelSource:
-    """Finds a checkpoint folder, ``dummy:CONFIG``, or the remote model a name like org/model means (which is downloaded).
+    """Finds a checkpoint folder, ``dummy:CONFIG``, or the remote model org/model (which is downloaded).
 
     Raises:
         ConfigError: nothing of that name, or no readable Mixtral config.json in it.

@@ -3,10 +3,9 @@
 Peak host memory is the rank's own weights plus one tensor of the checkpoint.
 """
 
-import ctypes
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -131,8 +130,8 @@ def load(
 
     Args:
         dtype: of activations and unquantised weights: "bfloat16" or "float32".
-        quant_type: "weight_only_int8" or None. Whole rows are quantised before they are split, so scales do not depend on
-            the number of ranks.
+        quant_type: "weight_only_int8" or None. Whole rows are quantised before they are split, so scales do not
+            depend on the number of ranks.
     """
     model = Mixtral(config, dtype, quant_type, world_size)
     _Loader(model, source, rank).load()
@@ -141,9 +140,8 @@ def load(
 
 def host_view(tensor: paddle.Tensor) -> np.ndarray:
     """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
-    numpy_dtype = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}[
-        str(tensor.dtype).removeprefix("paddle.")
-    ]
+    numpy_dtypes: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}
+    numpy_dtype = numpy_dtypes[str(tensor.dtype).removeprefix("paddle.")]
     c_type = np.ctypeslib.as_ctypes_type(numpy_dtype)
     return np.ctypeslib.as_array((c_type * tensor.size).from_address(tensor.data_ptr())).reshape(tensor.shape)
 
