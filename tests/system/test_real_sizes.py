@@ -23,7 +23,10 @@ def available_gb() -> float:
 def run(script: str, *arguments: str | Path) -> tuple[str, float]:
     """Runs a command line; what it printed, and the most memory it held, in GB."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -39,7 +42,9 @@ def test_two_layers_run_in_both_modes_within_12_gb(tmp_path, quant_type):
     request = ["--prompt", "Mixtral", "--max_length", "4"]
     folder = tmp_path / "inference"
     peaks = {
-        "dynamic": run("predict/predictor.py", *MODEL, *quantised, *request, "--output_file", tmp_path / "dynamic.jsonl"),
+        "dynamic": run(
+            "predict/predictor.py", *MODEL, *quantised, *request, "--output_file", tmp_path / "dynamic.jsonl"
+        ),
         "export": run("predict/export_model.py", *MODEL, *quantised, "--output_path", folder),
         "static": run(
             *("predict/predictor.py", "--model_name_or_path", folder, "--mode", "static", *request),

@@ -41,7 +41,16 @@ sys.exit(parallel.run(main))
 
 def launch(ranks: int, log_dir: Path, *command: str | Path) -> None:
     """Runs a command on several ranks and asserts the launcher's exit code 0."""
-    line = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--log_dir", log_dir, *command]
+    line = [
+        sys.executable,
+        "-m",
+        "paddle.distributed.launch",
+        "--nproc_per_node",
+        str(ranks),
+        "--log_dir",
+        log_dir,
+        *command,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,7 +105,9 @@ def test_both_modes_on_two_ranks(demo, tmp_path, quant_type):
     quantised = [] if quant_type is None else ["--quant_type", quant_type]
     data = ["--data_file", demo / "prompts.jsonl", "--max_length", "24", "--batch_size", "3"]
     kind = ["--dtype", "bfloat16", *quantised, "--inference_model", "--append_attn"]
-    launch(2, tmp_path / "log", PREDICTOR, *kind, "--mode", "dynamic", *data, "--output_file", tmp_path / "dynamic.jsonl")
+    launch(
+        2, tmp_path / "log", PREDICTOR, *kind, "--mode", "dynamic", *data, "--output_file", tmp_path / "dynamic.jsonl"
+    )
     launch(2, tmp_path / "log", EXPORTER, *kind, "--output_path", tmp_path / "inference")
     static = ["--model_name_or_path", tmp_path / "inference", "--mode", "static", "--verify"]
     launch(2, tmp_path / "log", PREDICTOR, *kind, *static, *data, "--output_file", tmp_path / "static.jsonl")

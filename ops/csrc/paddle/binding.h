@@ -61,8 +61,8 @@ inline pm_dtype abi_dtype(paddle::DataType dtype) {
 }
 
 // Refuses a tensor that is not on the CPU, not of one of `dtypes`, or not of `shape` (-1: any size).
-inline void check_tensor(const char* op, const char* name, const paddle::Tensor& x, const std::vector<paddle::DataType>& dtypes,
-                         const std::vector<int64_t>& shape) {
+inline void check_tensor(const char* op, const char* name, const paddle::Tensor& x,
+                         const std::vector<paddle::DataType>& dtypes, const std::vector<int64_t>& shape) {
   if (x.place().GetType() != phi::AllocationType::CPU)
     fail(op, name, " is on ", x.place().DebugString(), ", but this build has kernels for the CPU only; move it with .cpu()");
   bool known = false;

@@ -16,9 +16,9 @@ void launch(const char* op, const Tensor& residual, const Tensor* delta, const T
   if (delta) pm::check_tensor(op, "delta", *delta, {DataType::FLOAT32}, {T, H});
   pm::check_tensor(op, "weight", weight, {DataType::FLOAT32}, {H});
   if (H < 1 || !(eps > 0)) pm::fail(op, "needs H >= 1 and eps > 0, found H = ", H, ", eps = ", eps);
-  pm::check_status(op, pm_cpu_rms_norm(residual.data<float>(), delta ? delta->data<float>() : nullptr, weight.data<float>(),
-                                       sum ? sum->data<float>() : nullptr, y->data(), pm::abi_dtype(y->dtype()), T, H, eps,
-                                       nullptr));
+  pm::check_status(
+      op, pm_cpu_rms_norm(residual.data<float>(), delta ? delta->data<float>() : nullptr, weight.data<float>(),
+                          sum ? sum->data<float>() : nullptr, y->data(), pm::abi_dtype(y->dtype()), T, H, eps, nullptr));
 }
 
 std::vector<Tensor> rms_norm(const Tensor& residual, const Tensor& weight, float eps, const std::string& out_dtype) {

@@ -13,24 +13,24 @@ Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could n
 }  // namespace pm
 
 #ifdef PM_ISA_IS_BASELINE
-#define PM_EXPORT(name, parameters, arguments)      \
-  namespace pm {                                    \
-  namespace avx512 {                                \
-  int name parameters;                              \
-  }                                                 \
-  namespace avx2 {                                  \
-  int name parameters;                              \
-  }                                                 \
-  }                                                 \
-  extern "C" int pm_cpu_##name parameters {         \
-    switch (pm::isa()) {                            \
-      case pm::Isa::avx512:                         \
-        return pm::avx512::name arguments;          \
-      case pm::Isa::avx2:                           \
-        return pm::avx2::name arguments;            \
-      default:                                      \
-        return pm::baseline::name arguments;        \
-    }                                               \
+#define PM_EXPORT(name, parameters, arguments) \
+  namespace pm {                               \
+  namespace avx512 {                           \
+  int name parameters;                         \
+  }                                            \
+  namespace avx2 {                             \
+  int name parameters;                         \
+  }                                            \
+  }                                            \
+  extern "C" int pm_cpu_##name parameters {    \
+    switch (pm::isa()) {                       \
+      case pm::Isa::avx512:                    \
+        return pm::avx512::name arguments;     \
+      case pm::Isa::avx2:                      \
+        return pm::avx2::name arguments;       \
+      default:                                 \
+        return pm::baseline::name arguments;   \
+    }                                          \
   }
 #else
 #define PM_EXPORT(name, parameters, arguments)

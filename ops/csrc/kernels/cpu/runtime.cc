@@ -23,7 +23,8 @@ bool has_avx512() {
 pm::Isa choose_isa() {
   __builtin_cpu_init();
   const char* asked = getenv("PADDLE_MIXTRAL_ISA");
-  if (asked == nullptr || *asked == 0) return has_avx512() ? pm::Isa::avx512 : has_avx2() ? pm::Isa::avx2 : pm::Isa::baseline;
+  if (asked == nullptr || *asked == 0)
+    return has_avx512() ? pm::Isa::avx512 : has_avx2() ? pm::Isa::avx2 : pm::Isa::baseline;
   if (strcmp(asked, "avx512") == 0 && has_avx512()) return pm::Isa::avx512;
   if (strcmp(asked, "avx2") == 0 && has_avx2()) return pm::Isa::avx2;
   if (strcmp(asked, "baseline") == 0) return pm::Isa::baseline;

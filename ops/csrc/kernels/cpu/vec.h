@@ -157,11 +157,11 @@ static inline F32x16 load(const T* p) {
   return r;
 }
 static inline void store(float* p, F32x16 a) { memcpy(p, a.v, sizeof a.v); }
-#define PM_LANEWISE(name, expression)                  \
-  static inline F32x16 name(F32x16 a, F32x16 b) {      \
-    F32x16 r;                                          \
-    PM_LANES r.v[i] = expression;                      \
-    return r;                                          \
+#define PM_LANEWISE(name, expression)             \
+  static inline F32x16 name(F32x16 a, F32x16 b) { \
+    F32x16 r;                                     \
+    PM_LANES r.v[i] = expression;                 \
+    return r;                                     \
   }
 PM_LANEWISE(add, a.v[i] + b.v[i])
 PM_LANEWISE(sub, a.v[i] - b.v[i])

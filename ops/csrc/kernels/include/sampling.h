@@ -8,7 +8,8 @@
 //             (an empty history switches the penalties off)
 //             next_tokens [S] int32, logprobs [S] float32. Logits may be -inf (masked). A row that holds NaN or +inf, or
 //             nothing above -inf, has no answer: its token is -1 and the call returns PM_NOT_FINITE
-// DEFINITION  logprobs = log_softmax(logits)[token] of the logits as given: what the model thinks, whatever the sampler does.
+// DEFINITION  logprobs = log_softmax(logits)[token] of the logits as given: what the model thinks, whatever the sampler
+// does.
 //             forced_token >= 0: that token is the answer (scoring). Else, in this order:
 //             1 penalties: every token seen: l > 0 ? l / repetition_penalty : l * repetition_penalty; every token generated
 //               (seen after the prompt): l - presence_penalty - count * frequency_penalty; a finite l stays finite (clamped)
@@ -18,10 +19,12 @@
 //             4 top_p (1: off): of those in decreasing probability, the fewest whose probabilities (renormalised over what
 //               is left) reach top_p; ties to the lower index
 //             5 min_p (0: off): those with probability >= min_p * the largest probability
-//             6 draw: u in [0, 1) from the counter-based generator below; in increasing token index, the first token at which
+//             6 draw: u in [0, 1) from the counter-based generator below; in increasing token index, the first token at
+//             which
 //               the running sum of exp(l) exceeds u * the total
 //             u = (philox4x32_10(key = seed, counter = (position, 0)) as a 64-bit word) >> 11, times 2^-53
-// ORDER       exponentials in float32 (vec.h), sums in float64. log_softmax: token i in lane i % 16, in increasing index, then
+// ORDER       exponentials in float32 (vec.h), sums in float64. log_softmax: token i in lane i % 16, in increasing index,
+// then
 //             the lanes in increasing order. Totals and the draw: increasing token index. top_p: decreasing l, ties to the
 //             lower index. A row's token and logprob depend on its own inputs alone.
 // SOURCE      Holtzman et al. (top-p) arXiv:1904.09751; Nguyen et al. (min-p) arXiv:2407.01082; Keskar et al. (repetition
@@ -35,7 +38,15 @@
 extern "C" {
 #endif
 
-enum { PM_TEMPERATURE, PM_TOP_P, PM_MIN_P, PM_REPETITION_PENALTY, PM_PRESENCE_PENALTY, PM_FREQUENCY_PENALTY, PM_SAMPLING_FLOATS };
+enum {
+  PM_TEMPERATURE,
+  PM_TOP_P,
+  PM_MIN_P,
+  PM_REPETITION_PENALTY,
+  PM_PRESENCE_PENALTY,
+  PM_FREQUENCY_PENALTY,
+  PM_SAMPLING_FLOATS
+};
 enum { PM_SEED, PM_POSITION, PM_TOP_K, PM_FORCED_TOKEN, PM_PROMPT_LEN, PM_SAMPLING_INTS };
 
 int pm_cpu_sample(const float* logits, const float* floats, const int64_t* ints, const int32_t* history_ids,
