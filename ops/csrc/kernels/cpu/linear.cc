@@ -9,21 +9,21 @@ namespace {
 
 template <class X, class W, class Y>
 int linear_typed(const X* x, const W* w, const float* scale, Y* y, int64_t T, int64_t N, int64_t K) {
-  const int64_t blocks = equal_parts(T, kBlockTokens), largest = equal_parts(T, blocks);
-  const Scratch panels(largest * vectors_of(K) * 16), threads(pm_num_threads() * kThreadScratch);
-  if (!panels.data || !threads.data) return PM_OUT_OF_MEMORY;
+  const int64_t blocks = equal_parts(T, block_tokens(K));
+  const Scratch panels(equal_parts(T, blocks) * vectors_of(K) * 16);
+  if (!panels.data) return PM_OUT_OF_MEMORY;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t origin = block * T / blocks;
-    const Tokens tokens = {panels.data, (block + 1) * T / blocks - origin, vectors_of(K)};
-    pack_tokens(tokens, K, [&](int64_t t) { return x + (origin + t) * K; });
-    matmul<W>(
-        tokens, K, equal_parts(N, kTile), threads.data, [&](int64_t i) { return consecutive_tile(w, N, K, i); },
+    const int64_t origin = block * T / blocks, count = (block + 1) * T / blocks - origin;
+    const Tokens tokens = {panels.data, count, vectors_of(K)};
+#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (count * K > kWorthThreads)
+    for (int64_t t = 0; t < count; ++t) pack_token(tokens, t, x + (origin + t) * K, K);
+    matmul(
+        tokens, K, equal_parts(N, kTile), [&](int64_t i) { return consecutive_tile(w, N, K, i); },
         [&](int64_t i, int64_t t, const float* sums) {
           for (int64_t n = i * kTile; n < N && n < (i + 1) * kTile; n += 16) {
             F32x16 sum = load(sums + n - i * kTile);
             if (scale) sum = mul(sum, load_upto(scale + n, N - n));
-            Y* to = y + (origin + t) * N + n;
-            N - n >= 16 ? store(to, sum) : store_partial(to, sum, static_cast<int>(N - n));
+            store_upto(y + (origin + t) * N + n, sum, N - n);
           }
         });
   }

@@ -1,6 +1,8 @@
 // Sparse mixture of experts: include/moe.h.
 #include "../include/moe.h"
 
+#include <omp.h>
+
 #include "matmul.h"
 
 namespace pm {
@@ -47,10 +49,9 @@ int route(const X* x, const float* gate, float* share, uint8_t* chosen, int64_t 
 #pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (T * H * E > kWorthThreads && T > 1)
   for (int64_t t = 0; t < T; ++t) {
     const Tokens token = {rows.data + omp_get_thread_num() * padded, 1, vectors_of(H)};
-    for (int64_t v = 0; v < token.vectors; ++v) store(token.slot(0, v), load_upto(x + t * H + v * 16, H - v * 16));
-    constexpr int R = 2 * kGroup;
-    for (int64_t e = 0; e < E; e += R)
-      direct_dots<float, R, 1>(gate + e * H, static_cast<int>(E - e < R ? E - e : R), H, token.data, share + t * E + e, R);
+    pack_token(token, 0, x + t * H, H);
+    for (int64_t e = 0; e < E; e += kGroup)
+      dots<kGroup, 1>(gate + e * H, static_cast<int>(E - e < kGroup ? E - e : kGroup), H, token.data, share + t * E + e);
     softmax(share + t * E, E);
     choose(share + t * E, chosen + t * E, E, top_k);
   }
@@ -66,12 +67,12 @@ struct Expert {
   const float *w13_scale, *w2_scale;
 };
 
-// Adds the expert's share of a block of tokens to y: h = swiglu(w1 x, w3 x), y[token_of[t]] += share * (w2 h).
+// Adds the expert's share of a block of tokens to y: h = swiglu(w1 x, w3 x), y[token_of[t]] += share_of[t] * (w2 h).
 template <class W>
 void run_expert(const Expert<W>& expert, const Tokens& x, const Tokens& h, const int64_t* token_of, const float* share_of,
-                float* y, int64_t H, int64_t I, float* scratch) {
-  matmul<W>(
-      x, H, h.vectors, scratch,
+                float* y, int64_t H, int64_t I) {
+  matmul(
+      x, H, h.vectors,
       [&](int64_t i) {
         const int count = static_cast<int>(I - i * 16 < 16 ? I - i * 16 : 16);
         const W* gate = expert.w13 + i * 16 * H;
@@ -85,15 +86,14 @@ void run_expert(const Expert<W>& expert, const Tokens& x, const Tokens& h, const
         }
         store(h.slot(t, i), swiglu(gate, up));
       });
-  matmul<W>(
-      h, I, equal_parts(H, kTile), scratch, [&](int64_t i) { return consecutive_tile(expert.w2, H, I, i); },
+  matmul(
+      h, I, equal_parts(H, kTile), [&](int64_t i) { return consecutive_tile(expert.w2, H, I, i); },
       [&](int64_t i, int64_t t, const float* sums) {
         for (int64_t n = i * kTile; n < H && n < (i + 1) * kTile; n += 16) {
           F32x16 sum = load(sums + n - i * kTile);
           if (expert.w2_scale) sum = mul(sum, load_upto(expert.w2_scale + n, H - n));
           float* to = y + token_of[t] * H + n;
-          const F32x16 total = fma(set1(share_of[t]), sum, load_upto(to, H - n));
-          H - n >= 16 ? store(to, total) : store_partial(to, total, static_cast<int>(H - n));
+          store_upto(to, fma(set1(share_of[t]), sum, load_upto(to, H - n)), H - n);
         }
       });
 }
@@ -101,13 +101,12 @@ void run_expert(const Expert<W>& expert, const Tokens& x, const Tokens& h, const
 template <class X, class W>
 int fused_moe_typed(const X* x, const float* gate, const W* w13, const W* w2, const float* w13_scale, const float* w2_scale,
                     float* y, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k) {
-  const int64_t largest = T < kBlockTokens ? T : kBlockTokens;
-  const Scratch shares(T * E), chosens(T * E / 4 + 1), threads(pm_num_threads() * kThreadScratch);
-  const Scratch tokens(largest * vectors_of(H) * 16), hidden(largest * vectors_of(I) * 16), shares_of(largest);
-  const Scratch indices(largest * 2);
-  if (!shares.data || !chosens.data || !threads.data || !tokens.data || !hidden.data || !shares_of.data || !indices.data)
+  const int64_t limit = block_tokens(H > I ? H : I), largest = T < limit ? T : limit;
+  const Scratch shares(T * E), choices(T * E / 4 + 1), tokens(largest * vectors_of(H) * 16);
+  const Scratch hidden(largest * vectors_of(I) * 16), share_of(largest), indices(largest * 2);
+  if (!shares.data || !choices.data || !tokens.data || !hidden.data || !share_of.data || !indices.data)
     return PM_OUT_OF_MEMORY;
-  uint8_t* chosen = reinterpret_cast<uint8_t*>(chosens.data);
+  uint8_t* chosen = reinterpret_cast<uint8_t*>(choices.data);
   int64_t* token_of = reinterpret_cast<int64_t*>(indices.data);
   const int status = route(x, gate, shares.data, chosen, T, H, E, top_k);
   if (status != PM_OK) return status;
@@ -116,20 +115,20 @@ int fused_moe_typed(const X* x, const float* gate, const W* w13, const W* w2, co
   for (int64_t e = 0; e < E; ++e) {
     const Expert<W> expert = {w13 + e * 2 * I * H, w2 + e * H * I, w13_scale ? w13_scale + e * 2 * I : nullptr,
                               w2_scale ? w2_scale + e * H : nullptr};
-    int64_t count = 0;
-    for (int64_t t = 0; t < T; ++t) count += chosen[t * E + e];
-    const int64_t blocks = equal_parts(count, kBlockTokens);
-    int64_t next = 0;
+    int64_t total = 0, next = 0;
+    for (int64_t t = 0; t < T; ++t) total += chosen[t * E + e];
+    const int64_t blocks = equal_parts(total, limit);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t size = (block + 1) * count / blocks - block * count / blocks;
-      for (int64_t i = 0; i < size; ++next)
+      const int64_t count = (block + 1) * total / blocks - block * total / blocks;
+      for (int64_t i = 0; i < count; ++next)
         if (chosen[next * E + e]) {
-          shares_of.data[i] = shares.data[next * E + e];
+          share_of.data[i] = shares.data[next * E + e];
           token_of[i++] = next;
         }
-      const Tokens block_x = {tokens.data, size, vectors_of(H)}, block_h = {hidden.data, size, vectors_of(I)};
-      pack_tokens(block_x, H, [&](int64_t t) { return x + token_of[t] * H; });
-      run_expert(expert, block_x, block_h, token_of, shares_of.data, y, H, I, threads.data);
+      const Tokens block_x = {tokens.data, count, vectors_of(H)}, block_h = {hidden.data, count, vectors_of(I)};
+#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (count * H > kWorthThreads)
+      for (int64_t t = 0; t < count; ++t) pack_token(block_x, t, x + token_of[t] * H, H);
+      run_expert(expert, block_x, block_h, token_of, share_of.data, y, H, I);
     }
   }
   return PM_OK;
