@@ -27,7 +27,7 @@ constexpr int kHalfTile = 16;               // a tile is two runs of up to 16 ro
 constexpr int kTile = 2 * kHalfTile;        // rows
 constexpr int kTaskPanels = 8;              // panels of one task: 768 KiB at K = 4096, for the second-level cache
 constexpr int64_t kBlockFloats = 1 << 21;   // floats of a block of tokens, 8 MiB: for the third, and bounds the workspace
-constexpr int64_t kWorthThreads = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
+constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds below which waking a thread costs more than it saves
 
 inline int64_t vectors_of(int64_t k) { return (k + 15) / 16; }
 inline int64_t equal_parts(int64_t total, int64_t largest) { return (total + largest - 1) / largest; }
@@ -53,10 +53,11 @@ struct Tokens {
   int64_t panels() const { return equal_parts(count, kPanel); }
   int64_t begin(int64_t panel) const { return panel * count / panels(); }
   int width(int64_t panel) const { return static_cast<int>(begin(panel + 1) - begin(panel)); }
-  const float* panel(int64_t p) const { return data + begin(p) * vectors * 16; }
+  float* panel(int64_t p) const { return data + begin(p) * vectors * 16; }
+  int64_t panel_of(int64_t token) const { return ((token + 1) * panels() - 1) / count; }
   float* slot(int64_t token, int64_t vector) const {
-    const int64_t p = ((token + 1) * panels() - 1) / count;
-    return data + (begin(p) * vectors + vector * width(p) + token - begin(p)) * 16;
+    const int64_t p = panel_of(token);
+    return panel(p) + (vector * width(p) + token - begin(p)) * 16;
   }
 };
 
@@ -72,7 +73,9 @@ inline void store_upto(T* p, F32x16 a, int64_t n) {
 // row: the K elements of token t of the block.
 template <class X>
 void pack_token(const Tokens& x, int64_t t, const X* row, int64_t K) {
-  for (int64_t v = 0; v < x.vectors; ++v) store(x.slot(t, v), load_upto(row + v * 16, K - v * 16));
+  float* to = x.slot(t, 0);
+  const int64_t stride = x.width(x.panel_of(t)) * 16;
+  for (int64_t v = 0; v < x.vectors; ++v) store(to + v * stride, load_upto(row + v * 16, K - v * 16));
 }
 
 // Up to R rows, each K elements after the one before, with a panel of C tokens: sums[c * kTile + r] for r < count.

@@ -9,6 +9,7 @@
 // EXAMPLE     Mixtral-8x7B: qkv N=6144 K=4096, o N=4096 K=4096, lm_head N=32000 K=4096
 //
 // quantize: symmetric per row. scale[n] = max_k |w[n, k]| / 127 (1 for a row of zeros); q = round_half_even(w / scale).
+//           A row with a value that is not finite gets scale NaN and zeros: whoever calls refuses it.
 #ifndef PADDLE_MIXTRAL_LINEAR_H_
 #define PADDLE_MIXTRAL_LINEAR_H_
 
