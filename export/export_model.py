@@ -21,8 +21,9 @@ from predict.model.weights import load
 from predict.parallel import Ranks, barrier
 
 # What a folder needs besides program and weights: everything the predictor reads of a checkpoint.
-COPIED = (
-    *("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+MODEL_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
 
@@ -61,9 +62,13 @@ def export_model(
     barrier()
     if first:
         print(f"exporting: written in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-        for name in COPIED:
-            if source.folder is not None and (source.folder / name).exists():
-                shutil.copyfile(source.folder / name, folder / name)
+        copied = [(source.tokenizer_folder, TOKENIZER_FILES)] + [
+            (f, MODEL_FILES) for f in [source.folder] if f is not None
+        ]
+        for origin, names in copied:
+            for name in names:
+                if (origin / name).exists():
+                    shutil.copyfile(origin / name, folder / name)
         write_manifest(folder, source.config, dtype, quant_type, ranks.world_size, block_size)
     barrier()
     return Artifact.open(folder)
@@ -76,7 +81,9 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = {p.name for p in folder.iterdir()}
     foreign = sorted(
-        n for n in names if n not in {MANIFEST, f"{MANIFEST}.partial", *COPIED} and not n.startswith("rank_")
+        n
+        for n in names
+        if n not in {MANIFEST, f"{MANIFEST}.partial", *MODEL_FILES, *TOKENIZER_FILES} and not n.startswith("rank_")
     )
     if foreign or (names and not any(n.startswith("rank_") for n in names)):
         raise ConfigError(

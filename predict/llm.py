@@ -14,7 +14,7 @@ from predict.model.chat import ChatTemplate, load_chat_template
 from predict.model.config import MixtralConfig
 from predict.model.source import ModelSource, find_model
 from predict.model.tokenizer import Tokenizer, load_tokenizer
-from predict.model.weights import DEMO, load
+from predict.model.weights import load
 from predict.parallel import Ranks, alone
 from predict.runner import DynamicRunner, StaticRunner
 
@@ -124,7 +124,7 @@ class LLM:
     def _open_checkpoint(self, source: ModelSource, dtype, quant_type, block_size, total_max_length) -> None:
         self.dtype, self.quant_type = dtype or source.default_dtype(), quant_type
         block_size = _positive("block_size", block_size or DEFAULT_BLOCK_SIZE)
-        self._prepare(source.config, source.folder, total_max_length, block_size)
+        self._prepare(source.config, source.tokenizer_folder, total_max_length, block_size)
         network = load(source.config, source.weights(), self.dtype, quant_type, self.ranks.rank, self.ranks.world_size)
         self.runner = DynamicRunner(network, self.num_blocks, block_size)
 
@@ -139,8 +139,7 @@ class LLM:
             )
         self.config = config
         self.total_max_length = total_max_length or min(DEFAULT_TOTAL_MAX_LENGTH, longest)
-        # A dummy model has no tokenizer of its own; the demo's turns text into tokens it can run on.
-        self.tokenizer: Tokenizer = load_tokenizer(folder or DEMO)
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_folder)
         if self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{self.tokenizer.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from predict.model.config import ConfigError, MixtralConfig
-from predict.model.weights import DUMMY_PREFIX, DummyWeights, WeightSource, dummy_config, open_checkpoint
+from predict.model.weights import DEMO, DUMMY_PREFIX, DummyWeights, WeightSource, dummy_config, open_checkpoint
 
 REMOTE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
@@ -18,6 +18,11 @@ class ModelSource:
     name: str
     config: MixtralConfig
     folder: Path | None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies: a dummy borrows the demo's, to turn text into tokens it can run on."""
+        return self.folder or DEMO
 
     def weights(self) -> WeightSource:
         """The tensors, checked against the configuration."""
