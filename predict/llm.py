@@ -129,7 +129,7 @@ class LLM:
         self.runner = DynamicRunner(network, self.num_blocks, block_size)
 
     def _prepare(
-        self, config: MixtralConfig, folder: Path | None, total_max_length: int | None, block_size: int
+        self, config: MixtralConfig, tokenizer_folder: Path, total_max_length: int | None, block_size: int
     ) -> None:
         """What both modes share: the tokenizer, the ids that end a sequence, the size of the cache."""
         longest = config.max_position_embeddings
