@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece with the added tokens of a Hugging Face folder; incremental decoding."""
+"""Text to token ids and back: SentencePiece or a tokenizer.json, with the added tokens of a folder; streaming."""
 
 import importlib
 import json
@@ -6,11 +6,12 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sentencepiece
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
+JSON_FILE = "tokenizer.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SPACE = "\u2581"  # what SentencePiece writes for a space
 REPLACEMENT = "\ufffd"
@@ -21,8 +22,24 @@ class TokenizerError(ValueError):
     """A tokenizer cannot be found or read; the message says what was found, what is needed and what to do."""
 
 
+class Processor(Protocol):
+    """Plain text to ids of pieces: what :class:`Tokenizer` asks of a SentencePieceProcessor, or of its stand-in."""
+
+    def get_piece_size(self) -> int: ...
+    def id_to_piece(self, ids: list[int]) -> list[str]: ...
+    def piece_to_id(self, piece: str) -> int: ...
+    def is_byte(self, token_id: int) -> bool: ...
+    def is_control(self, token_id: int) -> bool: ...
+    def is_unknown(self, token_id: int) -> bool: ...
+    def bos_id(self) -> int: ...  # this and the next two: -1 where there is none
+    def eos_id(self) -> int: ...
+    def unk_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
 class Tokenizer:
-    """A SentencePiece model with its added tokens.
+    """A SentencePiece model, or a tokenizer.json of the same kind, with its added tokens.
 
     Attributes:
         folder: the folder it was read from (chat templates lie there too).
@@ -35,10 +52,11 @@ class Tokenizer:
         special_token_names: "bos_token", "eos_token", ... -> literal text, as chat templates call them.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, folder: Path):
+    def __init__(self, processor: Processor, file: Path):
         self._processor = processor
-        self.folder = folder
-        self.config = read_json(folder / "tokenizer_config.json")
+        self._file = file
+        self.folder = file.parent
+        self.config = read_json(self.folder / "tokenizer_config.json")
         self._read_pieces()
         self._read_added_tokens()
         self._read_special_token_names()
@@ -63,12 +81,16 @@ class Tokenizer:
                 self._shown[token_id] = self._processor.decode([token_id])  # " ⁇ " unless the model says otherwise
                 self.special_tokens[piece] = token_id
         # What the model does to spaces is not readable without protobuf; one probe shows each.
-        self._adds_space = "".join(self._processor.encode("a", out_type=str)).startswith(SPACE)
-        self._removes_spaces = SPACE * 2 not in "".join(self._processor.encode("a  a", out_type=str))
+        self._adds_space = self._pieces_of("a").startswith(SPACE)
+        self._adds_second_space = self._pieces_of(" a").startswith(SPACE * 2)  # a Metaspace does not
+        self._removes_spaces = SPACE * 2 not in self._pieces_of("a  a")
+
+    def _pieces_of(self, text: str) -> str:
+        return "".join(self._literals[token_id] for token_id in self._processor.encode(text))
 
     def _read_added_tokens(self) -> None:
-        """Adds the tokens beyond the SentencePiece vocabulary, and the marks that make a piece special."""
-        for token_id, literal, special in _added_tokens(self.folder, self.config):
+        """Adds the tokens beyond the model's own vocabulary, and the marks that make a piece special."""
+        for token_id, literal, special in _added_tokens(self._file, self.config):
             self.special_tokens[literal] = token_id
             if self._literals.get(token_id) == literal and not special:
                 continue
@@ -100,9 +122,9 @@ class Tokenizer:
             self.special_token_names[name] = self._literals[default]
             return default
         token_id = self.special_tokens.get(literal, self._processor.piece_to_id(literal))
-        if self._literals[token_id] != literal:
+        if self._literals.get(token_id) != literal:
             raise TokenizerError(
-                f"{self.folder} names {literal!r} as its {name}, which is neither in the SentencePiece vocabulary nor "
+                f"{self.folder} names {literal!r} as its {name}, which is neither in the tokenizer's vocabulary nor "
                 "among the added tokens: the files belong to different models"
             )
         return token_id
@@ -144,8 +166,10 @@ class Tokenizer:
         for segment in segments:
             if isinstance(segment, int):
                 ids.append(segment)
+            elif self._adds_space and segment.startswith(" "):
+                ids += self._encode_text(segment[1:] if self._adds_second_space or segment == " " else segment)
             else:
-                ids += self._encode_text(segment[1:] if self._adds_space and segment.startswith(" ") else segment)
+                ids += self._encode_text(segment)
         return ids
 
     def _encode_text(self, text: str) -> list[int]:
@@ -251,15 +275,17 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """The tokenizer of a model folder or of a remote model.
 
     Args:
-        path_or_name: a folder with a SentencePiece file (tokenizer.model, or PaddleNLP's sentencepiece.bpe.model), or
+        path_or_name: a folder with a SentencePiece file (tokenizer.model, or PaddleNLP's sentencepiece.bpe.model) or,
+            where there is none, a tokenizer.json (read by the optional package ``tokenizers``); or
             "organisation/model" for PaddleNLP to download (the only case that uses the network).
 
     Raises:
-        TokenizerError: nothing there, only a tokenizer.json (which PaddleNLP 2.8.1 cannot read), or a damaged file.
+        TokenizerError: nothing there, a tokenizer.json of a kind that no Mixtral has or without the package that reads
+            it, or a damaged file.
     """
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
-        return _read_tokenizer(_sentencepiece_file(folder))
+        return _read_tokenizer(_tokenizer_file(folder))
     if folder.exists():
         raise TokenizerError(f"{folder} is a file: give the folder that holds the tokenizer")
     if isinstance(path_or_name, str) and HUB_NAME.fullmatch(path_or_name):
@@ -269,23 +295,21 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     )
 
 
-def _sentencepiece_file(folder: Path) -> Path:
-    for name in SENTENCEPIECE_FILES:
+def _tokenizer_file(folder: Path) -> Path:
+    names = (*SENTENCEPIECE_FILES, JSON_FILE)
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    if (folder / "tokenizer.json").is_file():
-        # Its LlamaTokenizer takes a SentencePiece file only, and it has no LlamaTokenizerFast; a test watches this.
-        raise TokenizerError(
-            f"{folder} has only a tokenizer.json, which PaddleNLP 2.8.1 cannot read: put the tokenizer.model of the "
-            "same model beside it (every Mixtral repository has one)"
-        )
     raise TokenizerError(
-        f"{folder} has no tokenizer: looked for {', '.join((*SENTENCEPIECE_FILES, 'tokenizer.json'))}; "
-        "put the model's tokenizer.model there"
+        f"{folder} has no tokenizer: looked for {', '.join(names)}; put the model's tokenizer.model there"
     )
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
+    if file.name == JSON_FILE:
+        from predict.model.tokenizer_json import JsonProcessor  # it imports this module
+
+        return Tokenizer(JsonProcessor(file), file)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
@@ -293,7 +317,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
             f"{file} is not a SentencePiece model ({file.stat().st_size} bytes; {error}): download it again, or, where "
             "a Git LFS pointer was fetched instead, run `git lfs pull`"
         ) from error
-    return Tokenizer(processor, file.parent)
+    return Tokenizer(processor, file)
 
 
 def _paddlenlp_sentencepiece_file(name: str) -> Path:
@@ -326,17 +350,18 @@ def _paddlenlp_sentencepiece_file(name: str) -> Path:
     return Path(file)
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str, bool]]:
+def _added_tokens(file: Path, config: dict[str, Any]) -> list[tuple[int, str, bool]]:
     """(id, literal, special) of every added token: added_tokens.json, overridden by added_tokens_decoder (knows more).
 
-    A folder with neither (newer checkpoints) has them in tokenizer.json.
+    A folder with neither (newer checkpoints) has them in tokenizer.json, which always counts if it is the tokenizer.
     """
+    folder = file.parent
     try:
         added = {int(i): (literal, True) for literal, i in read_json(folder / "added_tokens.json").items()}
         described = list(config.get("added_tokens_decoder", {}).items())
-        if not added and not described:
-            listed = read_json(folder / "tokenizer.json").get("added_tokens", [])
-            described = [(token["id"], token) for token in listed]
+        if file.name == JSON_FILE or not (added or described):
+            listed = read_json(folder / JSON_FILE).get("added_tokens", [])
+            described = [*((token["id"], token) for token in listed), *described]
         added |= {int(i): (token["content"], bool(token.get("special", False))) for i, token in described}
     except TokenizerError:
         raise
