@@ -4,6 +4,8 @@ python ./predict/export_model.py --model_name_or_path DIR --output_path ./infere
 """
 
 import argparse
+import os
+import re
 import shutil
 import sys
 import time
@@ -12,19 +14,22 @@ from pathlib import Path
 from export.program import save_program
 from ops import library
 from predict.arguments import PREDICTION_FLAGS, check_device, parser
-from predict.artifact import MANIFEST, Artifact, write_manifest
+from predict.artifact import MANIFEST, PROGRAM, Artifact, refuse_artifact, write_manifest
 from predict.command import run_command
 from predict.llm import DEFAULT_BLOCK_SIZE
-from predict.model.config import ConfigError
+from predict.model.config import ConfigError, positive
 from predict.model.source import find_model
 from predict.model.weights import load
 from predict.parallel import Ranks, barrier
 
 # What a folder needs besides program and weights: everything the predictor reads of a checkpoint.
-MODEL_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     *("tokenizer.model", "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+WRITTEN = re.compile(
+    rf"rank_\d+(/{PROGRAM}\.(json|pdiparams))?|{'|'.join(map(re.escape, (MANIFEST, MANIFEST + '.partial', *COPIED)))}"
 )
 
 
@@ -44,13 +49,17 @@ def export_model(
         ValueError: (and its subclasses) anything that does not fit; an output folder that holds something else.
     """
     folder, first = Path(output_path), ranks.rank == 0
+    positive("block_size", block_size)
+    refuse_artifact(model)
     source = find_model(model, num_hidden_layers)
     dtype = dtype or source.default_dtype()
     weights = source.weights()
     if first:
+        _check_output(folder)
+    network = load(source.config, weights, dtype, quant_type, ranks.rank, ranks.world_size)
+    if first:
         _clear(folder)
     barrier()
-    network = load(source.config, weights, dtype, quant_type, ranks.rank, ranks.world_size)
     program = folder / f"rank_{ranks.rank}" / "model"
     program.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -62,34 +71,35 @@ def export_model(
     barrier()
     if first:
         print(f"exporting: written in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-        copied = [(source.tokenizer_folder, TOKENIZER_FILES)] + [
-            (f, MODEL_FILES) for f in [source.folder] if f is not None
-        ]
-        for origin, names in copied:
-            for name in names:
-                if (origin / name).exists():
-                    shutil.copyfile(origin / name, folder / name)
+        for name in COPIED if source.folder is not None else TOKENIZER_FILES:
+            if (source.tokenizer_folder / name).exists():
+                shutil.copyfile(source.tokenizer_folder / name, folder / name)
         write_manifest(folder, source.config, dtype, quant_type, ranks.world_size, block_size)
     barrier()
     return Artifact.open(folder)
 
 
-def _clear(folder: Path) -> None:
-    """An empty folder to export to; an older export goes, its manifest first; anything else stays and is an error."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output_path {folder} is a file; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {p.name for p in folder.iterdir()}
-    foreign = sorted(
-        n
-        for n in names
-        if n not in {MANIFEST, f"{MANIFEST}.partial", *MODEL_FILES, *TOKENIZER_FILES} and not n.startswith("rank_")
-    )
-    if foreign or (names and not any(n.startswith("rank_") for n in names)):
+def _check_output(folder: Path) -> None:
+    """Makes the folder; refuses one that holds anything but an older export, finished or not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if folder.exists() else error.strerror
+        raise ConfigError(f"--output_path {folder} cannot be made ({reason}); give another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output_path {folder} is not writable for this user; give another folder")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+    foreign = [n for n in names if not WRITTEN.fullmatch(n)]
+    if not foreign and not any(n.startswith("rank_") for n in names):
+        foreign = names  # a tokenizer's folder, say
+    if foreign:
         raise ConfigError(
-            f"--output_path {folder} holds {(foreign or sorted(names))[0]}, which no export wrote; "
-            "give an empty or new folder"
+            f"--output_path {folder} holds {foreign[0]}, which no export wrote; give an empty or new folder"
         )
+
+
+def _clear(folder: Path) -> None:
+    """Empties a checked folder: an older export goes, its manifest first."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -100,9 +110,7 @@ def export(args: argparse.Namespace, ranks: Ranks) -> None:
     check_device(args)
     for flag in PREDICTION_FLAGS:
         if getattr(args, flag) is not None:
-            raise ValueError(
-                f"--{flag} is decided when predicting: an exported program takes any; give it to predictor.py"
-            )
+            raise ValueError(f"--{flag} is for predicting, an export does not depend on it; give it to predictor.py")
     if args.mode == "static":
         raise ValueError("--mode static: the exporter reads a checkpoint, which is dynamic; leave --mode out")
     if args.threads is not None or ranks.local_threads:
@@ -112,7 +120,7 @@ def export(args: argparse.Namespace, ranks: Ranks) -> None:
         args.output_path or "./inference",
         dtype=args.dtype,
         quant_type=args.quant_type,
-        block_size=args.block_size or DEFAULT_BLOCK_SIZE,
+        block_size=DEFAULT_BLOCK_SIZE if args.block_size is None else args.block_size,
         num_hidden_layers=args.num_hidden_layers,
         ranks=ranks,
     )

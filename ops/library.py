@@ -8,6 +8,7 @@ import paddle
 from paddle import _C_ops
 
 PATH = Path(__file__).resolve().parent / "libpaddle_mixtral.so"
+MAX_THREADS = 1024  # OpenMP crashes the process where the system refuses it a thread
 ABI_VERSION = 1  # PM_OPS_ABI_VERSION of ops/csrc/kernels/include/common.h
 
 
@@ -72,8 +73,8 @@ def set_num_threads(n: int) -> None:
     """Sets the threads each CPU kernel may use (results do not depend on it).
 
     Raises:
-        ValueError: n is not a positive integer.
+        ValueError: n is not in 1 .. 1024.
     """
-    if n < 1:
-        raise ValueError(f"threads is {n}, needs a positive number")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"threads is {n}, needs 1 to {MAX_THREADS}; the processors of the machine are a good number")
     LIBRARY.pm_set_num_threads(n)

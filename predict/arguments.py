@@ -6,13 +6,15 @@ from predict.engine.request import SamplingParams
 from predict.model.weights import DEMO
 
 ONLY_PATH = "accepted because scripts for PaddleNLP pass it: it names the only path there is, and changes nothing"
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p")
-# What an exported program leaves open: the exporter has no use for it.
-PREDICTION_FLAGS = (
+# What greedy search has no use for.
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "seed")
+REQUEST_FLAGS = (
     *SAMPLING_FLAGS,
-    *("batch_size", "src_length", "max_length", "total_max_length", "decode_strategy", "repetition_penalty", "seed"),
-    *("data_file", "output_file", "prompt", "chat_template", "benchmark", "verify"),
+    *("batch_size", "src_length", "max_length", "total_max_length", "decode_strategy", "repetition_penalty"),
+    *("data_file", "output_file", "prompt", "chat_template"),
 )
+# What an exported program leaves open: the exporter has no use for it.
+PREDICTION_FLAGS = (*REQUEST_FLAGS, "benchmark", "verify")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -21,6 +23,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     model = p.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",
+        type=_name,
         metavar="MODEL",
         default=str(DEMO),
         help="checkpoint folder, exported folder (--mode static), dummy:mixtral-8x7b (random weights of that size), or "
@@ -31,30 +34,38 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     model.add_argument("--mode", choices=["dynamic", "static"], help="default: dynamic")
     for flag in ("--inference_model", "--block_attn", "--append_attn"):
         model.add_argument(flag, nargs="?", const=True, type=_only_path, help=ONLY_PATH)
-    model.add_argument("--block_size", type=int, metavar="N", help="tokens in a page of the KV cache; default: 64")
-    model.add_argument("--num_hidden_layers", type=int, metavar="N", help="layers of a dummy model")
+    model.add_argument("--block_size", type=_count, metavar="N", help="tokens in a page of the KV cache; default: 64")
+    model.add_argument("--num_hidden_layers", type=_count, metavar="N", help="layers of a dummy model")
     model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
-    model.add_argument("--threads", type=int, metavar="N", help="threads of each rank; default: processors / ranks")
-    model.add_argument("--output_path", metavar="DIR", help="exporter: the folder to write; default: ./inference")
+    model.add_argument("--threads", type=_count, metavar="N", help="threads of each rank; default: processors / ranks")
+    model.add_argument(
+        "--output_path", type=_name, metavar="DIR", help="exporter: the folder to write; default: ./inference"
+    )
     model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
 
     text = p.add_argument_group("requests")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue; in a terminal, asked for if left out")
-    text.add_argument("--data_file", metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}')
     text.add_argument(
-        "--output_file", metavar="FILE", help="JSONL rows {id, src, output, output_token_ids, finish_reason}"
+        "--data_file", type=_name, metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}'
+    )
+    text.add_argument(
+        "--output_file",
+        type=_name,
+        metavar="FILE",
+        help="JSONL rows {id, src, output, output_token_ids, finish_reason}",
     )
     text.add_argument(
         "--chat_template",
+        type=_name,
         metavar="TEMPLATE",
         help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), a template file, or a Jinja template; "
         "default: none (raw text)",
     )
-    text.add_argument("--batch_size", type=int, metavar="N", help="requests that run together; default: 1")
-    text.add_argument("--src_length", type=int, metavar="N", help="tokens of a prompt at the most; default: 1024")
-    text.add_argument("--max_length", type=int, metavar="N", help="new tokens at the most; default: 128")
+    text.add_argument("--batch_size", type=_count, metavar="N", help="requests that run together; default: 1")
+    text.add_argument("--src_length", type=_count, metavar="N", help="tokens of a prompt at the most; default: 1024")
+    text.add_argument("--max_length", type=_count, metavar="N", help="new tokens at the most; default: 128")
     text.add_argument(
-        "--total_max_length", type=int, metavar="N", help="both together; default: src_length + max_length"
+        "--total_max_length", type=_count, metavar="N", help="both together; default: src_length + max_length"
     )
     text.add_argument("--benchmark", action="store_true", default=None, help="measure speed on random tokens instead")
 
@@ -65,7 +76,9 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     sampling.add_argument("--top_k", type=int, metavar="N", help="default: 0 (off)")
     sampling.add_argument("--min_p", type=float, metavar="X", help="default: 0 (off)")
     sampling.add_argument("--repetition_penalty", type=float, metavar="X", help="default: 1 (off)")
-    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens; default: 0")
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="of sampling: the same seed gives the same tokens; default: 0"
+    )
     return p
 
 
@@ -81,6 +94,17 @@ def check_device(args: argparse.Namespace) -> None:
         raise ValueError("--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32")
 
 
+def check_benchmark(args: argparse.Namespace) -> None:
+    """Refuses flags beside --benchmark that it would ignore.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    for flag in REQUEST_FLAGS:
+        if args.benchmark and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} has no effect on --benchmark, which runs requests of its own; leave it out")
+
+
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """What the sampling flags ask for.
 
@@ -92,10 +116,23 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         given.setdefault("temperature", 1.0)
     elif given:
         raise ValueError(f"--{next(iter(given))} has no effect on greedy search; add --decode_strategy sampling")
-    for name in ("repetition_penalty", "seed"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
+    if given.get("temperature") == 0:
+        raise ValueError("--temperature 0 is greedy search; give a positive one, or --decode_strategy greedy_search")
+    if args.repetition_penalty is not None:
+        given["repetition_penalty"] = args.repetition_penalty
     return SamplingParams(max_tokens=128 if args.max_length is None else args.max_length, **given)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, needs an integer of at least 1")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty; name something, or leave the flag out")
+    return text
 
 
 def _quant_type(text: str) -> str:

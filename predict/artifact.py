@@ -15,7 +15,8 @@ from typing import Any
 import paddle
 
 from ops.library import ABI_VERSION
-from predict.model.config import ConfigError, MixtralConfig, read_json
+from predict.model.config import ConfigError, MixtralConfig, positive, read_json
+from predict.model.mixtral import QUANT_TYPES
 from predict.progress import progress
 
 MANIFEST = "manifest.json"
@@ -28,6 +29,19 @@ HASH_CHUNK = 1 << 22
 
 class ArtifactError(ValueError):
     """An exported folder that is incomplete, changed, or not what was asked for."""
+
+
+def refuse_artifact(model: str | Path) -> None:
+    """Refuses an exported folder where a checkpoint is needed.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    if Artifact.is_artifact(model):
+        raise ArtifactError(
+            f"{model} is an exported model, which holds no checkpoint; give the checkpoint, "
+            "or predict with --mode static"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,36 +70,58 @@ class Artifact:
         """
         folder = Path(folder)
         if not (folder / MANIFEST).exists():
+            found = f"no {MANIFEST}, so this is no exported model or its export did not finish"
             raise ArtifactError(
-                f"{folder}: no {MANIFEST}, so this is no exported model or its export did not finish; "
-                "make one with export_model.py --model_name_or_path CHECKPOINT --output_path DIR, or use --mode dynamic"
+                f"{folder}: {found if folder.is_dir() else 'no such folder'}; make one with "
+                "export_model.py --model_name_or_path CHECKPOINT --output_path DIR, or use --mode dynamic"
             )
         try:
-            manifest = read_json(folder / MANIFEST, "an exported model's manifest")
-            wanted = {"format_version": FORMAT_VERSION, "ops_abi_version": ABI_VERSION, "weight_layout": WEIGHT_LAYOUT}
-            for key, needed in wanted.items():
-                if manifest.get(key) != needed:
-                    raise ArtifactError(
-                        f"{folder}: exported with {key} {manifest.get(key)!r}, this version needs {needed!r}; "
-                        "export it again"
-                    )
-            if _minor(manifest["paddle_version"]) != _minor(paddle.__version__):
+            manifest = read_json(folder / MANIFEST, "the manifest of an exported model")
+        except ConfigError as error:
+            raise ArtifactError(f"{error}; export the model again") from error
+        wanted = {"format_version": FORMAT_VERSION, "ops_abi_version": ABI_VERSION, "weight_layout": WEIGHT_LAYOUT}
+        for key, needed in wanted.items():
+            if manifest.get(key) != needed:
                 raise ArtifactError(
-                    f"{folder}: exported with Paddle {manifest['paddle_version']}, this is {paddle.__version__}; "
-                    "export it again, or install that Paddle"
+                    f"{folder}: exported with {key} {manifest.get(key)!r}, this version needs {needed!r}; "
+                    "export it again"
                 )
-            artifact = Artifact(
-                folder,
-                MixtralConfig(**{**manifest["config"], "eos_token_id": tuple(manifest["config"]["eos_token_id"])}),
-                manifest["dtype"],
-                manifest["quant_type"],
-                manifest["world_size"],
-                manifest["block_size"],
-                manifest["files"],
+        if _minor(manifest.get("paddle_version")) != _minor(paddle.__version__):
+            raise ArtifactError(
+                f"{folder}: exported with Paddle {manifest.get('paddle_version')}, this is {paddle.__version__}; "
+                "export it again, or install that Paddle"
             )
-        except (KeyError, TypeError, ConfigError) as error:
-            raise ArtifactError(f"{folder / MANIFEST}: damaged manifest ({error}); export the model again") from error
+        try:
+            artifact = Artifact._from_manifest(folder, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+            raise ArtifactError(f"{folder / MANIFEST}: damaged manifest ({reason}); export the model again") from error
         artifact._check_sizes()
+        return artifact
+
+    @staticmethod
+    def _from_manifest(folder: Path, manifest: dict[str, Any]) -> "Artifact":
+        """The manifest's values, checked one by one: whatever fails is a damaged manifest."""
+        for key, allowed in {"dtype": ("bfloat16", "float32"), "quant_type": (None, *QUANT_TYPES)}.items():
+            if manifest[key] not in allowed:
+                raise ConfigError(f"{key} is {manifest[key]!r}, needs one of {allowed}")
+        files = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+        artifact = Artifact(
+            folder,
+            MixtralConfig.from_dict({**manifest["config"], "model_type": "mixtral"}, "config"),
+            manifest["dtype"],
+            manifest["quant_type"],
+            positive("world_size", manifest["world_size"]),
+            positive("block_size", manifest["block_size"]),
+            files,
+        )
+        for rank in range(artifact.world_size):
+            for suffix in ("json", "pdiparams"):
+                if (name := f"rank_{rank}/{PROGRAM}.{suffix}") not in files:
+                    raise ConfigError(f"{name} is not among its files")
         return artifact
 
     def _check_sizes(self) -> None:
@@ -178,5 +214,5 @@ def sha256(path: Path, bar: Any) -> str:
     return digest.hexdigest()
 
 
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
+def _minor(version: Any) -> list[str]:
+    return str(version).split(".")[:2]

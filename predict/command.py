@@ -1,6 +1,8 @@
 """How every command line of the project ends: an error is one message and an exit status, never a traceback."""
 
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,6 +19,8 @@ def run_command(main: Callable[[Ranks], None]) -> int:
 
 
 def _status(main: Callable[[Ranks], None], ranks: Ranks) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # predict.startup took it
+    _mend_streams()
     where = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     try:
         main(ranks)
@@ -29,6 +33,18 @@ def _status(main: Callable[[Ranks], None], ranks: Ranks) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ValueError, MemoryError, OSError) as error:
-        print(f"{where}error: {error}", file=sys.stderr)
+        # An OSError without a file is a write that failed.
+        unwritten = isinstance(error, OSError) and error.strerror and not error.filename
+        reason = f"the output could not be written ({error.strerror})" if unwritten else error
+        print(f"{where}error: {reason}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _mend_streams() -> None:
+    """Standard streams that are closed become empty ones; what the locale cannot print is printed as its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  open until the process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

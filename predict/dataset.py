@@ -27,7 +27,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataFileError(f"{path}: {error.strerror or error}; --data_file needs a JSONL file") from error
     except UnicodeDecodeError as error:
@@ -38,7 +38,7 @@ def read_rows(path: str | Path) -> list[Row]:
             raise DataFileError(f"{path}: holds a JSON {type(values).__name__}, a .json data file needs a list of rows")
         numbered = [(f"{path}, element {i}", value) for i, value in enumerate(values)]
     else:
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         numbered = [(where, _parse(line, where)) for where, line in lines]
     if not numbered:
         raise DataFileError(f"{path}: no rows in it")
@@ -50,6 +50,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataFileError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise DataFileError(f"{where}: JSON nested too deeply to be a request") from error
 
 
 def _row(number: int, where: str, value: Any) -> Row:

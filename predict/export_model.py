@@ -2,6 +2,11 @@
 
 import sys
 
+from predict import startup
+
+if __name__ == "__main__":
+    startup.begin()  # before Paddle is imported
+
 from export.export_model import main
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """The Python API: LLM(model).generate(prompts, SamplingParams(...)) and .chat(messages)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import cast
 
 from ops import library
-from predict.artifact import Artifact
+from predict.artifact import Artifact, ArtifactError, refuse_artifact
 from predict.engine.engine import Engine, batches
 from predict.engine.request import SamplingParams, Sequence
 from predict.model.chat import ChatTemplate, load_chat_template
-from predict.model.config import MixtralConfig
+from predict.model.config import MixtralConfig, positive
 from predict.model.source import ModelSource, find_model
 from predict.model.tokenizer import Tokenizer, load_tokenizer
 from predict.model.weights import load
@@ -82,7 +83,7 @@ class LLM:
             raise ValueError(f"mode is {mode!r}, needs 'dynamic' or 'static'")
         ranks = ranks or alone()
         library.set_num_threads(ranks.local_threads if threads is None else threads)
-        self.ranks, self.batch_size, self.chat_template = ranks, _positive("batch_size", batch_size), chat_template
+        self.ranks, self.batch_size, self.chat_template = ranks, positive("batch_size", batch_size), chat_template
         self._chat_template: ChatTemplate | None = None
         static = Artifact.is_artifact(model) if mode is None else mode == "static"
         if static:
@@ -94,6 +95,7 @@ class LLM:
                 raise ValueError(
                     "verify is for exported folders (mode static): a checkpoint carries no hashes to check"
                 )
+            refuse_artifact(model)
             source = find_model(model, num_hidden_layers)
             self._open_checkpoint(source, dtype, quant_type, block_size, total_max_length)
         self.engine = Engine(
@@ -112,18 +114,21 @@ class LLM:
             artifact.verify(self.ranks.rank == 0)
         self.dtype, self.quant_type = artifact.dtype, artifact.quant_type
         self._prepare(artifact.config, artifact.folder, total_max_length, artifact.block_size)
-        self.runner: StaticRunner | DynamicRunner = StaticRunner(
-            artifact.program(self.ranks.rank),
-            artifact.config,
-            artifact.world_size,
-            artifact.dtype,
-            self.num_blocks,
-            artifact.block_size,
-        )
+        program = artifact.program(self.ranks.rank)
+        try:
+            self.runner: StaticRunner | DynamicRunner = StaticRunner(
+                program, artifact.config, artifact.world_size, artifact.dtype, self.num_blocks, artifact.block_size
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ArtifactError(
+                f"{program}: Paddle cannot load the program ({reason}); look for changed bytes with --verify, "
+                "or export it again"
+            ) from error
 
     def _open_checkpoint(self, source: ModelSource, dtype, quant_type, block_size, total_max_length) -> None:
         self.dtype, self.quant_type = dtype or source.default_dtype(), quant_type
-        block_size = _positive("block_size", block_size or DEFAULT_BLOCK_SIZE)
+        block_size = positive("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size)
         self._prepare(source.config, source.tokenizer_folder, total_max_length, block_size)
         network = load(source.config, source.weights(), self.dtype, quant_type, self.ranks.rank, self.ranks.world_size)
         self.runner = DynamicRunner(network, self.num_blocks, block_size)
@@ -135,7 +140,8 @@ class LLM:
         longest = config.max_position_embeddings
         if total_max_length is not None and not 2 <= total_max_length <= longest:
             raise ValueError(
-                f"total_max_length is {total_max_length}, needs 2 to {longest} (the model's max_position_embeddings)"
+                f"total_max_length (src_length + max_length unless given) is {total_max_length}, needs 2 to {longest}, "
+                "the model's max_position_embeddings; lower it, or src_length and max_length"
             )
         self.config = config
         self.total_max_length = total_max_length or min(DEFAULT_TOTAL_MAX_LENGTH, longest)
@@ -145,6 +151,8 @@ class LLM:
                 f"{self.tokenizer.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
                 f"{config.vocab_size}; they do not belong together"
             )
+        if self.chat_template is not None:  # a bad one is found before the weights are loaded
+            self._chat_template = load_chat_template(self.tokenizer, self.chat_template)
         self.num_blocks = self.batch_size * -(-self.total_max_length // block_size)
 
     @property
@@ -168,7 +176,7 @@ class LLM:
             ValueError: a prompt is empty, too long, or holds a token outside the vocabulary; names the prompt.
         """
         given: list[str | Seq[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in given]
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else _token_ids(i, p) for i, p in enumerate(given)]
         return self.complete(ids, sampling_params, on_token)
 
     def chat(
@@ -194,7 +202,7 @@ class LLM:
 
     def score(self, token_ids: list[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
-        self._check_prompt(0, token_ids)
+        self.check_prompt(0, token_ids)
         sequence = Sequence(list(token_ids), SamplingParams())
         self.engine.score(sequence)
         return sequence.logprobs
@@ -216,7 +224,7 @@ class LLM:
                 f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt"
             )
         for i, prompt in enumerate(prompts):
-            self._check_prompt(i, prompt)
+            self.check_prompt(i, prompt)
         sequences = [Sequence(list(p), s) for p, s in zip(prompts, params, strict=True)]
         index = {id(s): i for i, s in enumerate(sequences)}
         for batch in batches(sequences, self.batch_size):
@@ -226,7 +234,12 @@ class LLM:
                 self.engine.generate(batch, lambda sequence, token: on_token(index[id(sequence)], token))
         return [self._completion(s, chat) for s in sequences]
 
-    def _check_prompt(self, i: int, prompt: list[int]) -> None:
+    def check_prompt(self, i: int, prompt: list[int]) -> None:
+        """Refuses prompt number ``i`` if it cannot be continued.
+
+        Raises:
+            ValueError: it is empty, too long, or holds a token outside the vocabulary.
+        """
         if not prompt:
             raise ValueError(f"prompt {i} is empty; needs at least one token")
         if len(prompt) >= self.total_max_length:
@@ -245,7 +258,7 @@ class LLM:
         return Completion(prompt, text, output, sequence.logprobs, sequence.finish_reason or "length")
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} is {value}, needs a positive number")
-    return value
+def _token_ids(i: int, prompt: Seq[int]) -> list[int]:
+    if not isinstance(prompt, Iterable) or not all(isinstance(t, Integral) for t in prompt):
+        raise ValueError(f"prompt {i} is {prompt!r:.80}, needs a text or a list of token ids")
+    return [int(token) for token in prompt]

@@ -2,6 +2,8 @@
 
 import sys
 
+from predict import startup
+
 USAGE = """usage: paddle-mixtral {predict,export} ...
 
   predict   generate text: python predict/predictor.py
@@ -12,6 +14,7 @@ USAGE = """usage: paddle-mixtral {predict,export} ...
 
 def main() -> int:
     """Entry point; returns the exit status."""
+    startup.begin()
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     # Imported when chosen: Paddle takes a second to load, --help should not.
     if command == "predict":

@@ -5,13 +5,21 @@ python ./predict/predictor.py --model_name_or_path DIR --dtype bfloat16 --mode d
 
 import argparse
 import json
+import os
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TextIO
+
+from predict import startup
+
+if __name__ == "__main__":
+    startup.begin()  # before Paddle is imported
 
 from ops import library
 from predict import benchmark
-from predict.arguments import check_device, parser, sampling_params
+from predict.arguments import check_benchmark, check_device, parser, sampling_params
 from predict.command import run_command
 from predict.dataset import Row, read_rows
 from predict.engine.engine import batches
@@ -28,12 +36,15 @@ DEFAULT_SRC_LENGTH = 1024
 def predict(args: argparse.Namespace, ranks: Ranks) -> None:
     """Runs the predictor on this rank; rank 0 alone prints and writes."""
     check_device(args)
+    check_benchmark(args)
     if args.output_path is not None:
         raise ValueError("--output_path is where the exporter writes; the predictor writes answers to --output_file")
     params = sampling_params(args)
     src_length = DEFAULT_SRC_LENGTH if args.src_length is None else args.src_length
     first = ranks.rank == 0
     rows = [] if args.benchmark else _rows(args, ranks)
+    if args.output_file is not None:
+        _check_output_file(Path(args.output_file), args.data_file)
     started = time.perf_counter()
     llm = LLM(
         args.model_name_or_path,
@@ -60,7 +71,7 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
         return
     chat = args.chat_template not in (None, "none")
     prompts = [_encode(llm, row, chat, src_length) for row in rows]
-    with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else _NoFile() as output:
+    with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else nullcontext() as output:
         _answer(llm, rows, prompts, params, chat, output, first)
 
 
@@ -72,10 +83,24 @@ def _rows(args: argparse.Namespace, ranks: Ranks) -> list[Row]:
     if args.prompt is not None:
         return [Row(0, args.prompt)]
     if ranks.world_size == 1 and sys.stdin.isatty():
-        return [Row(0, input("Prompt: "))]
+        try:
+            return [Row(0, input("Prompt: "))]
+        except EOFError:
+            raise ValueError("no prompt was typed; type one, or give --prompt or --data_file") from None
     if ranks.rank == 0:
         print(f"no --prompt, no --data_file and no terminal to ask in: continuing {EXAMPLE_PROMPT!r}", file=sys.stderr)
     return [Row(0, EXAMPLE_PROMPT)]
+
+
+def _check_output_file(path: Path, data_file: str | None) -> None:
+    """Finds out before the model is loaded that the answers could not be written, or would replace the questions."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--output_file {path}: there is no folder {path.parent}; make it, or give another file")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "is a folder" if path.is_dir() else "is not writable for this user"
+        raise ValueError(f"--output_file {path} {reason}; give another file")
+    if data_file is not None and path.exists() and path.samefile(data_file):
+        raise ValueError(f"--output_file {path} is the --data_file, which it would replace; give another file")
 
 
 def _total_max_length(args: argparse.Namespace, src_length: int, params: SamplingParams) -> int | None:
@@ -89,11 +114,15 @@ def _total_max_length(args: argparse.Namespace, src_length: int, params: Samplin
 
 
 def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
-    ids = llm.encode_chat([{"role": "user", "content": row.src}]) if chat else llm.tokenizer.encode(row.src)
+    try:
+        ids = llm.encode_chat([{"role": "user", "content": row.src}]) if chat else llm.tokenizer.encode(row.src)
+    except ValueError as error:
+        raise ValueError(f"row {row.id}: {error}") from error
     if len(ids) > src_length:
         raise ValueError(
             f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text"
         )
+    llm.check_prompt(row.id, ids)
     return ids
 
 
@@ -148,14 +177,6 @@ class _Stream:
 
     def finish(self) -> None:
         print(self.detokenizer.finish(), flush=True)
-
-
-class _NoFile:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,14 @@ def _empty_caches(
     config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int
 ) -> list[paddle.Tensor]:
     # Uninitialised on purpose: a page's memory is only touched when tokens are written to it.
-    return [paddle.empty(shape, dtype) for shape in cache_shapes(config, world_size, num_blocks, block_size)]
+    try:
+        return [paddle.empty(shape, dtype) for shape in cache_shapes(config, world_size, num_blocks, block_size)]
+    except MemoryError as error:
+        size = num_blocks * block_size * bytes_per_token(config, world_size, dtype)
+        raise MemoryError(
+            f"the KV cache of {num_blocks} pages of {block_size} tokens needs {size / 1e9:.1f} GB, more than this "
+            "machine has; use a smaller --batch_size or --total_max_length"
+        ) from error
 
 
 class DynamicRunner:

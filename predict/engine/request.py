@@ -1,7 +1,8 @@
 """What a user asks for, and a sequence on its way through the engine."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            self._check(name, isinstance(getattr(self, name), Integral), "an integer")
+        for name in (f.name for f in fields(self)):
+            self._check(name, isinstance(getattr(self, name), Real), "a number")
         self._check("max_tokens", self.max_tokens >= 1, "at least 1")
         self._check("temperature", 0 <= self.temperature < math.inf, "a number >= 0 (0: greedy)")
-        self._check("top_k", self.top_k >= 0, "an integer >= 0 (0: off)")
+        self._check("top_k", 0 <= self.top_k < 2**31, "an integer from 0 (off) to 2^31 - 1")
         self._check("top_p", 0 < self.top_p <= 1, "a number above 0 and up to 1 (1: off)")
         self._check("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1")
         self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number (1: off)")

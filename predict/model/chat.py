@@ -109,7 +109,7 @@ def load_chat_template(tokenizer: Tokenizer, chat_template: str | None = None) -
         return ChatTemplate(tokenizer, "the given chat template", chat_template)
     file = Path(chat_template).expanduser()
     if file.is_file():
-        return ChatTemplate(tokenizer, str(file), file.read_text(encoding="utf-8"))
+        return ChatTemplate(tokenizer, str(file), _read_template(file))
     raise ChatTemplateError(
         f"chat template {chat_template!r} is neither {BUILT_IN!r}, nor a file, nor a Jinja template "
         "(there is no {{ or {% in it)"
@@ -123,11 +123,18 @@ def apply_chat_template(
     return load_chat_template(tokenizer, chat_template).apply(messages, **variables)
 
 
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"{file} cannot be read as a chat template ({error}); needs UTF-8 text") from error
+
+
 def _template_beside(tokenizer: Tokenizer) -> tuple[str, str]:
     """(source, text) of the checkpoint's own template."""
     file = tokenizer.folder / "chat_template.jinja"
     if file.is_file():
-        return str(file), file.read_text(encoding="utf-8")
+        return str(file), _read_template(file)
     # PaddleNLP's own chat_template.json has other keys and no Jinja program; it is passed over.
     for file in (tokenizer.folder / "chat_template.json", tokenizer.folder / "tokenizer_config.json"):
         template = read_json(file).get("chat_template")

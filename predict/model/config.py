@@ -106,6 +106,17 @@ class MixtralConfig:
         return config
 
 
+def positive(name: str, value: Any) -> int:
+    """``value`` if it is a positive integer.
+
+    Raises:
+        ConfigError: it is not; says which value and what is needed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, needs a positive integer")
+    return value
+
+
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 

@@ -8,6 +8,10 @@ from predict.model.config import ConfigError, MixtralConfig
 from predict.model.weights import DEMO, DUMMY_PREFIX, DummyWeights, WeightSource, dummy_config, open_checkpoint
 
 REMOTE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NEEDED = (
+    f"needs a checkpoint folder, {DUMMY_PREFIX}mixtral-8x7b, or a remote name "
+    "such as mistralai/Mixtral-8x7B-Instruct-v0.1"
+)
 DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 
 
@@ -48,6 +52,8 @@ def find_model(name: str | Path, num_hidden_layers: int | None = None) -> ModelS
         ConfigError: nothing of that name, or no readable Mixtral config.json in it.
     """
     name = str(name)
+    if not name:
+        raise ConfigError(f"the model's name is empty; {NEEDED}")
     if name.startswith(DUMMY_PREFIX):
         return ModelSource(name, dummy_config(name, num_hidden_layers), None)
     if num_hidden_layers is not None:
@@ -57,10 +63,7 @@ def find_model(name: str | Path, num_hidden_layers: int | None = None) -> ModelS
         folder = _download(name)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(
-            f"{name} {found}; needs a checkpoint folder, {DUMMY_PREFIX}mixtral-8x7b, or a remote name such as "
-            "mistralai/Mixtral-8x7B-Instruct-v0.1"
-        )
+        raise ConfigError(f"{name} {found}; {NEEDED}")
     return ModelSource(name, MixtralConfig.read(folder / "config.json"), folder)
 
 

@@ -12,7 +12,7 @@ import paddle
 
 from ops.quantize import quantize_int8_into
 from predict.model.checkpoint import Checkpoint
-from predict.model.config import ConfigError, MixtralConfig
+from predict.model.config import ConfigError, MixtralConfig, positive
 from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.progress import progress
 
@@ -104,7 +104,7 @@ def dummy_config(name: str, num_hidden_layers: int | None) -> MixtralConfig:
     config = MixtralConfig.read(path)
     if num_hidden_layers is None:
         return config
-    return MixtralConfig(**{**config.__dict__, "num_hidden_layers": num_hidden_layers})
+    return MixtralConfig(**{**config.__dict__, "num_hidden_layers": positive("num_hidden_layers", num_hidden_layers)})
 
 
 def open_checkpoint(folder: Path, config: MixtralConfig) -> Checkpoint:
