@@ -32,11 +32,16 @@ def _status(main: Callable[[Ranks], None], ranks: Ranks) -> int:
         # Whoever read our output (head, less) has seen enough. Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, MemoryError, OSError) as error:
-        # An OSError without a file is a write that failed.
-        unwritten = isinstance(error, OSError) and error.strerror and not error.filename
-        reason = f"the output could not be written ({error.strerror})" if unwritten else error
-        print(f"{where}error: {reason}", file=sys.stderr)
+    except OSError as error:
+        # One without a file's name is a write that failed.
+        unwritten = error.strerror and not error.filename
+        print(
+            f"{where}error: {f'the output could not be written ({error.strerror})' if unwritten else error}",
+            file=sys.stderr,
+        )
+        return FAILED
+    except (ValueError, MemoryError) as error:
+        print(f"{where}error: {error}", file=sys.stderr)
         return FAILED
     return 0
 

@@ -2,13 +2,11 @@
 
 import signal
 import sys
-import warnings
 from types import TracebackType
 
 
 def begin() -> None:
     """For a command's first line, before Paddle is imported; predict.command takes over from it."""
-    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle, on import; nothing is compiled here
     # A KeyboardInterrupt inside an extension's import comes out as one error or another.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = _report
