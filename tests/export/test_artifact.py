@@ -1,0 +1,233 @@
+"""The exported folder: it explains itself, and is refused when it is not what it says or what was asked for."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import paddle
+import pytest
+
+from export import export_model as exporter
+from export.export_model import export_model
+from ops.library import ABI_VERSION
+from predict.artifact import Artifact, ArtifactError
+from predict.engine.request import SamplingParams
+from predict.llm import LLM
+from predict.model.config import ConfigError, MixtralConfig
+from predict.parallel import alone
+
+INT8 = ("bfloat16", "weight_only_int8")
+SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported(*INT8), tmp_path / "copy")
+
+
+def edit(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.update(changes)
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
+
+
+def test_the_manifest_says_all_there_is_to_say(exported, demo):
+    folder = exported(*INT8)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = manifest.pop("files")
+    config = MixtralConfig.read(demo / "config.json")
+    assert manifest.pop("config") == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert manifest == {
+        "format_version": 1,
+        "paddle_version": paddle.__version__,
+        "ops_abi_version": ABI_VERSION,
+        "dtype": "bfloat16",
+        "quant_type": "weight_only_int8",
+        "weight_layout": "row_major",
+        "world_size": 1,
+        "block_size": 64,
+    }
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(files) == present - {"manifest.json"}
+    tokenizer = {"tokenizer.model", "tokenizer_config.json"}
+    assert set(files) >= tokenizer | {"rank_0/model.json", "rank_0/model.pdiparams", "generation_config.json"}
+    for name, entry in files.items():
+        data = (folder / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert Artifact.open(folder).config == config
+
+
+def test_quantised_weights_are_saved_as_int8(exported, demo):
+    """One byte for a quantised weight, two for one of the embedding, four for a scale, a router weight and a norm."""
+    config = MixtralConfig.read(demo / "config.json")
+    hidden, experts, inner = config.hidden_size, config.num_local_experts, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes = [(queries + 2 * keys + 2 * experts * inner, hidden), (hidden, queries), (experts * hidden, inner)]
+    layer = sum(rows * columns + 4 * rows for rows, columns in shapes) + 4 * hidden * (experts + 2)
+    vocabulary = config.vocab_size * (2 * hidden + hidden + 4)
+    expected = config.num_hidden_layers * layer + vocabulary + 4 * hidden
+    size = (exported(*INT8) / "rank_0" / "model.pdiparams").stat().st_size
+    # Each tensor has a header of some tens of bytes.
+    assert expected <= size < expected + 100 * (12 * config.num_hidden_layers + 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "exported with format_version 2, this version needs 1; export it again"),
+        ({"format_version": ...}, "exported with format_version None"),
+        ({"ops_abi_version": 99}, f"exported with ops_abi_version 99, this version needs {ABI_VERSION}"),
+        ({"weight_layout": "amx16x64"}, "exported with weight_layout 'amx16x64', this version needs 'row_major'"),
+        ({"paddle_version": "2.6.1"}, f"exported with Paddle 2.6.1, this is {paddle.__version__}; export it again"),
+        ({"paddle_version": 3}, "exported with Paddle 3,"),
+        ({"dtype": "int4"}, "damaged manifest (dtype is 'int4', needs one of"),
+        ({"quant_type": "int4"}, "damaged manifest (quant_type is 'int4', needs one of"),
+        ({"world_size": "1"}, "damaged manifest (world_size is '1', needs a positive integer)"),
+        ({"world_size": 2}, "damaged manifest (rank_1/model.json is not among its files)"),
+        ({"block_size": 0}, "damaged manifest (block_size is 0, needs a positive integer)"),
+        ({"block_size": ...}, "damaged manifest (block_size is missing)"),
+        ({"config": []}, "damaged manifest"),
+        ({"config": {"vocab_size": 3}}, "damaged manifest (config: hidden_size is missing"),
+        ({"files": ...}, "damaged manifest (files is missing)"),
+        ({"files": {}}, "damaged manifest (rank_0/model.json is not among its files)"),
+        ({"files": []}, "damaged manifest"),
+        ({"files": {"a": 1}}, "damaged manifest"),
+    ],
+)
+def test_another_or_a_damaged_manifest_is_refused(copy, changes, message):
+    edit(copy, **changes)
+    with pytest.raises(ArtifactError, match=re.escape(message)) as caught:
+        LLM(copy)
+    assert str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("garbage", "not JSON"), ("[]", "holds a JSON list, needs an object")])
+def test_a_manifest_that_is_none_is_refused(copy, text, message):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.open(copy)
+
+
+def test_a_folder_without_a_manifest_is_no_export(copy, tmp_path):
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"no manifest\.json, so .* its export did not finish; make one with"):
+        LLM(copy, mode="static")
+    with pytest.raises(ArtifactError, match=r"absent: no such folder; make one with export_model\.py"):
+        LLM(tmp_path / "absent", mode="static")
+
+
+@pytest.mark.parametrize("name", ["rank_0/model.pdiparams", "rank_0/model.json", "tokenizer.model"])
+def test_missing_and_truncated_files_are_named(copy, name):
+    size = (copy / name).stat().st_size
+    os.truncate(copy / name, 1000)
+    with pytest.raises(
+        ArtifactError, match=f"{name}: has 1000 bytes, the manifest says {size}; copy or export it again"
+    ):
+        LLM(copy)
+    (copy / name).unlink()
+    with pytest.raises(ArtifactError, match=f"{name}: is missing, the manifest says {size}"):
+        LLM(copy)
+
+
+@pytest.mark.parametrize("name", ["rank_0/model.pdiparams", "rank_0/model.json", "tokenizer_config.json"])
+def test_verify_sees_a_flipped_bit(copy, name):
+    LLM(copy, verify=True)
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{name}: its bytes have changed since the export; export it again"):
+        LLM(copy, verify=True)
+
+
+def test_a_program_paddle_cannot_load_is_refused(copy):
+    program = copy / "rank_0" / "model.json"
+    program.write_text("x" + program.read_text()[1:])
+    with pytest.raises(ArtifactError, match="Paddle cannot load the program .* look for changed bytes with --verify"):
+        LLM(copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": "float32"},
+            "exported with dtype bfloat16, asked for float32; use --dtype bfloat16, or export it again",
+        ),
+        ({"block_size": 32}, "exported with block_size 64, asked for 32; use --block_size 64, or export it again"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is for dummy models"),
+        ({"mode": "dynamic"}, "is an exported model, which holds no checkpoint"),
+    ],
+)
+def test_an_export_of_another_kind_is_refused(exported, options, message):
+    with pytest.raises(ArtifactError if "num_hidden_layers" not in options else ValueError, match=re.escape(message)):
+        LLM(exported(*INT8), **options)
+
+
+def test_quantisation_and_ranks_must_be_those_of_the_export(exported):
+    plain = Artifact.open(exported("bfloat16", None))
+    with pytest.raises(ArtifactError, match="asked for weight_only_int8; leave --quant_type out, or export it again"):
+        plain.require(None, "weight_only_int8", 1, None)
+    with pytest.raises(ArtifactError, match="exported for 1 ranks, running on 2; start it with a single process"):
+        plain.require(None, None, 2, None)
+    with pytest.raises(ArtifactError, match="exported for 4 ranks, running on 1; start it with --nproc_per_node 4"):
+        dataclasses.replace(plain, world_size=4).require(None, None, 1, None)
+
+
+def test_an_export_replaces_an_older_one(demo, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / "inference"
+        (folder / "rank_7").mkdir(parents=True, exist_ok=True)  # of an older export on more ranks
+        assert export_model(str(demo), folder, dtype=dtype, ranks=alone()).dtype == dtype
+    Artifact.open(folder).verify(show=False)
+    assert not (folder / "rank_7").exists()
+
+
+def test_an_interrupted_export_leaves_no_manifest_and_can_be_repeated(demo, tmp_path, monkeypatch):
+    folder = tmp_path / "inference"
+    export_model(str(demo), folder, ranks=alone())
+
+    def interrupted(*arguments):
+        (folder / "rank_0" / "model.json").write_text("half a program")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "save_program", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_model(str(demo), folder, ranks=alone())
+    assert not Artifact.is_artifact(folder)
+    export_model(str(demo), folder, ranks=alone())
+    Artifact.open(folder).verify(show=False)
+
+
+def test_an_export_that_cannot_load_leaves_the_older_one(demo, tmp_path):
+    folder = tmp_path / "inference"
+    export_model(str(demo), folder, ranks=alone())
+    with pytest.raises(ConfigError, match="quant_type is 'int4'"):
+        export_model(str(demo), folder, quant_type="int4", ranks=alone())
+    Artifact.open(folder).verify(show=False)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "rank_notes/a", "rank_0/mine", "tokenizer.model", "rank_0.txt"])
+def test_what_no_export_wrote_is_never_deleted(demo, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigError, match="which no export wrote; give an empty or new folder"):
+        export_model(str(demo), tmp_path, ranks=alone())
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_file_is_no_output_folder(demo, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in ("file", "file/folder"):
+        with pytest.raises(ConfigError, match=r"--output_path .* cannot be made \(.*\); give another folder"):
+            export_model(str(demo), tmp_path / path, ranks=alone())
+
+
+def test_a_dummy_model_is_exported_with_the_tokenizer_it_runs_on(tmp_path):
+    export_model("dummy:demo", tmp_path / "dummy", num_hidden_layers=1, ranks=alone())
+    static, dynamic = LLM(tmp_path / "dummy"), LLM("dummy:demo", num_hidden_layers=1)
+    assert static.generate("The", SHORT) == dynamic.generate("The", SHORT)
