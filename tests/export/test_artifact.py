@@ -146,7 +146,7 @@ def test_verify_sees_a_flipped_bit(copy, name):
 def test_a_program_paddle_cannot_load_is_refused(copy):
     program = copy / "rank_0" / "model.json"
     program.write_text("x" + program.read_text()[1:])
-    with pytest.raises(ArtifactError, match="Paddle cannot load the program .* look for changed bytes with --verify"):
+    with pytest.raises(ArtifactError, match=r"Paddle cannot load the program .* look for changed bytes with --verify"):
         LLM(copy)
 
 
