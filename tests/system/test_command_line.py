@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from export.export_model import main as export
-from predict import command
+from predict import benchmark, command
 from predict.llm import LLM
 from predict.predictor import main as predict
 
@@ -239,7 +239,9 @@ def test_without_prompt_file_or_terminal_an_example_is_continued(capsys):
     assert "no --prompt, no --data_file and no terminal to ask in: continuing 'This module provides'" in err
 
 
-def test_benchmark_prints_speed_and_bandwidth(capsys):
+def test_benchmark_prints_speed_and_bandwidth(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPEAT", 1)
+    monkeypatch.setattr(benchmark, "DECODE_TOKENS", 4)
     assert predict(["--benchmark"]) == 0
     out = capsys.readouterr().out
     assert "decode, batch 1" in out
