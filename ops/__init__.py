@@ -10,7 +10,8 @@ import warnings
 # Paddle says this at every import; it concerns people who compile operators over and over, not people who run them.
 warnings.filterwarnings("ignore", message="No ccache found")
 
-# Waiting threads sleep instead of spinning: with another busy process on the machine, spinning ones made a step of the
-# demo model a hundred times slower (3 ms against over 300), and without one they gain 0.3 ms. libgomp reads this as it loads.
+# Waiting threads spin briefly, then sleep. libgomp's own choice is to spin for milliseconds: beside other busy jobs on
+# two cores, steps of the demo model then took up to 380 ms instead of 4. An idle machine pays 5 % of such a step for it
+# (1.13 ms, not 1.07). libgomp reads this as it loads, with Paddle.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
