@@ -20,7 +20,7 @@ from predict.llm import DEFAULT_BLOCK_SIZE
 from predict.model.config import ConfigError, positive
 from predict.model.source import find_model
 from predict.model.weights import load
-from predict.parallel import Ranks, barrier
+from predict.parallel import Ranks, alone, barrier
 
 # What a folder needs besides program and weights: everything the predictor reads of a checkpoint.
 TOKENIZER_FILES = (
@@ -41,13 +41,14 @@ def export_model(
     quant_type: str | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_hidden_layers: int | None = None,
-    ranks: Ranks,
+    ranks: Ranks | None = None,
 ) -> Artifact:
     """Exports a checkpoint; every rank calls it and writes its own rank_N folder, rank 0 the files at the root.
 
     Raises:
         ValueError: (and its subclasses) anything that does not fit; an output folder that holds something else.
     """
+    ranks = ranks or alone()
     folder, first = Path(output_path), ranks.rank == 0
     positive("block_size", block_size)
     refuse_artifact(model)
@@ -60,7 +61,7 @@ def export_model(
     if first:
         _clear(folder)
     barrier()
-    program = folder / f"rank_{ranks.rank}" / "model"
+    program = folder / f"rank_{ranks.rank}" / PROGRAM
     program.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     if first:

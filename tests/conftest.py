@@ -7,7 +7,6 @@ import pytest
 
 from export.export_model import export_model
 from predict.model.weights import DEMO
-from predict.parallel import alone
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def exported(tmp_path_factory):
     @functools.cache
     def export(dtype: str, quant_type: str | None) -> Path:
         folder = tmp_path_factory.mktemp(f"{dtype}-{quant_type}") / "inference"
-        export_model(str(DEMO), folder, dtype=dtype, quant_type=quant_type, ranks=alone())
+        export_model(str(DEMO), folder, dtype=dtype, quant_type=quant_type)
         return folder
 
     return export

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from ops.quantize import quantize_int8_into
-from predict.model.checkpoint import Checkpoint
+from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import ConfigError, MixtralConfig, positive
 from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.progress import progress
@@ -202,16 +202,16 @@ class _Loader:
         """This rank's share of the output rows, to row ``at`` on; returns how many."""
         array, dtype = self._read(name)
         share = array.shape[0] // self.world_size
-        self._fill(layer, weight, array[self.rank * share :][:share], dtype, at, expert)
+        self._fill(layer, weight, name, array[self.rank * share :][:share], dtype, at, expert)
         return share
 
-    def _fill(self, layer, weight: str, rows: np.ndarray, dtype: str, at: int, expert: int | None) -> None:
+    def _fill(self, layer, weight: str, name: str, rows: np.ndarray, dtype: str, at: int, expert: int | None) -> None:
         target = _part(host_view(getattr(layer, weight)), expert)[at : at + len(rows)]
         if self.model.quant_type is None:
             target[...] = convert(rows, dtype, self.model.dtype)
         else:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
-            quantize_int8_into(rows, target, scale, dtype)
+            _quantize(name, rows, target, scale, dtype)
 
     def _columns(self, layer: paddle.nn.Layer, weight: str, name: str, expert: int | None = None) -> None:
         """This rank's share of the input columns; the scale of a row is that of the whole row."""
@@ -224,10 +224,10 @@ class _Loader:
             return
         scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
         if self.world_size == 1:
-            quantize_int8_into(array, target, scale, dtype)
+            _quantize(name, array, target, scale, dtype)
         else:
             whole = np.empty(array.shape, np.int8)
-            quantize_int8_into(array, whole, scale, dtype)
+            _quantize(name, array, whole, scale, dtype)
             target[...] = whole[:, mine]
 
     def _vocabulary(self, name: str) -> None:
@@ -235,10 +235,17 @@ class _Loader:
         array, dtype = self._read(name)
         share = padded_vocab_share(self.config, self.world_size)
         rows = array[self.rank * share :][:share]
-        self._fill(self.model.lm_head, "weight", rows, dtype, 0, None)
+        self._fill(self.model.lm_head, "weight", name, rows, dtype, 0, None)
         host_view(self.model.lm_head.weight)[len(rows) :] = 0
         if self.model.quant_type is not None:
             host_view(self.model.lm_head.weight_scale)[len(rows) :] = 1
+
+
+def _quantize(name: str, weight: np.ndarray, q: np.ndarray, scale: np.ndarray, dtype: str) -> None:
+    try:
+        quantize_int8_into(weight, q, scale, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {name} cannot be quantised: {error}") from error
 
 
 def _part(view: np.ndarray, expert: int | None) -> np.ndarray:

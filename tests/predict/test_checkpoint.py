@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import MixtralConfig
-from predict.model.weights import convert, expected_tensors, open_checkpoint
+from predict.model.weights import convert, expected_tensors, load, open_checkpoint
 from tests.predict.test_config import TINY
 
 CONFIG = MixtralConfig.from_dict(TINY)
@@ -144,3 +144,12 @@ def test_element_types_convert_exactly_or_round_to_even():
     np.testing.assert_array_equal(convert(half, "float16", "float32"), half.astype(np.float32))
     nan = convert(np.array([np.nan], np.float32), "float32", "bfloat16")
     assert np.isnan(convert(nan, "bfloat16", "float32")).all()
+
+
+def test_a_value_that_cannot_be_quantised_names_its_tensor(folder):
+    changed = tensors()
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    changed[name][5, 7] = np.inf
+    save_file(changed, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor {name} cannot be quantised: .*row"):
+        load(CONFIG, open_checkpoint(folder, CONFIG), "float32", "weight_only_int8")
