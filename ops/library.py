@@ -19,8 +19,7 @@ class OperatorLibraryError(RuntimeError):
 def _load() -> ctypes.CDLL:
     if not PATH.exists():
         raise OperatorLibraryError(
-            f"{PATH} does not exist: the operators have not been built; run `pip install .` in the source folder "
-            "(for an installed paddlepaddle-gpu: `pip install --no-build-isolation .`)"
+            f"{PATH} does not exist: the operators have not been built; run `pip install .` in the source folder"
         )
     try:
         paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(PATH))
@@ -28,7 +27,7 @@ def _load() -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:
         raise OperatorLibraryError(
             f"{PATH.name} cannot be loaded into paddle {paddle.__version__}: {error}; it was built for another Paddle: "
-            "build it again with `pip install --no-build-isolation .`"
+            "build it again with `pip install --no-build-isolation --no-deps --force-reinstall .`"
         ) from error
     library.pm_cpu_isa.restype = ctypes.c_char_p
     if library.pm_ops_abi_version() != ABI_VERSION:
