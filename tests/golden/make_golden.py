@@ -2,7 +2,7 @@
 
     pip install '.[live]'                         # torch and transformers; only this script and the live test need them
     python tests/golden/make_golden.py            # all of them, in place
-    python tests/golden/make_golden.py --only odd_sizes --out /tmp/golden
+    python tests/golden/make_golden.py --only odd_sizes --out golden
 
 Writes for each configuration a folder with a whole checkpoint in the layout of the published Mixtrals (config.json and
 model.safetensors, or shards and their index) and golden.safetensors:

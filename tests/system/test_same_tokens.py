@@ -13,6 +13,7 @@ from predict.engine.engine import Engine
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
 from tests.logits import logits_in_chunks, runner
+from tests.ops.instruction_sets import available
 
 KINDS = [("bfloat16", None), ("bfloat16", "weight_only_int8"), ("float32", None)]
 PROMPTS = 200
@@ -94,6 +95,8 @@ def test_tokens_do_not_depend_on_chunks_pages_or_threads(demo, budget, block_siz
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_tokens_do_not_depend_on_the_instruction_set(demo, tmp_path, isa):
+    if isa not in available():
+        pytest.skip(f"this processor has no {isa}")
     prompts, params = requests(demo)
     expected = outcome(LLM(demo, quant_type="weight_only_int8"), prompts[:8], params[:8])
     script = tmp_path / "isa.py"
