@@ -164,7 +164,8 @@ class _Loader:
         self.model, self.source, self.rank = model, source, rank
         self.config, self.world_size = model.config, model.world_size
         shapes = expected_tensors(self.config)
-        self.bar = progress("loading weights", sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0)
+        work = "loading weights" if model.quant_type is None else "quantising weights"
+        self.bar = progress(work, sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0)
 
     def load(self) -> None:
         config, model = self.config, self.model
