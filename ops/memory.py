@@ -8,8 +8,8 @@ import numpy as np
 from ops.library import LIBRARY
 
 
-def read_bandwidth(num_bytes: int = 1 << 30, repeat: int = 5) -> float:
-    """Bytes per second this process reads with the threads its kernels use: the median of ``repeat`` passes.
+class MemoryReader:
+    """Reads a buffer of its own, as fast as the kernels' threads can.
 
     Args:
         num_bytes: size of the buffer, a multiple of 4096; far larger than the caches to be a memory rate.
@@ -17,15 +17,17 @@ def read_bandwidth(num_bytes: int = 1 << 30, repeat: int = 5) -> float:
     Raises:
         ValueError: num_bytes is not a positive multiple of 4096.
     """
-    if num_bytes < 4096 or num_bytes % 4096:
-        raise ValueError(f"num_bytes is {num_bytes}, needs a positive multiple of 4096")
-    buffer = np.ones(num_bytes // 8, np.uint64)
-    checksum = ctypes.c_uint64()
-    seconds = []
-    for _ in range(repeat):
+
+    def __init__(self, num_bytes: int = 1 << 29):
+        if num_bytes < 4096 or num_bytes % 4096:
+            raise ValueError(f"num_bytes is {num_bytes}, needs a positive multiple of 4096")
+        self._buffer = np.ones(num_bytes // 8, np.uint64)
+
+    def bandwidth(self) -> float:
+        """Bytes per second of one pass over the buffer."""
+        checksum = ctypes.c_uint64()
         started = time.perf_counter()
         LIBRARY.pm_cpu_read_memory(
-            ctypes.c_void_p(buffer.ctypes.data), ctypes.c_int64(num_bytes), ctypes.byref(checksum), None
+            ctypes.c_void_p(self._buffer.ctypes.data), ctypes.c_int64(self._buffer.nbytes), ctypes.byref(checksum), None
         )
-        seconds.append(time.perf_counter() - started)
-    return num_bytes / float(np.median(seconds))
+        return self._buffer.nbytes / (time.perf_counter() - started)
