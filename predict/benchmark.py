@@ -34,14 +34,14 @@ def active_weight_bytes(config: MixtralConfig, world_size: int, dtype: str, quan
 
 def run(llm: LLM, show: bool) -> None:
     """Measures and, on the first rank, prints."""
-    ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, PREFILL_TOKENS + 1).tolist()
+    ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, PREFILL_TOKENS).tolist()
     reader = MemoryReader()
     prefill, decode, share = [], [], []
     active = active_weight_bytes(llm.config, llm.ranks.world_size, llm.dtype, llm.quant_type)
     cache = bytes_per_token(llm.config, llm.ranks.world_size, llm.dtype) * (SHORT_CONTEXT + DECODE_TOKENS // 2)
     bandwidth = [reader.bandwidth()]
     for _ in range(REPEAT):
-        prefill.append(next(_steps(llm, ids[:PREFILL_TOKENS], new_tokens=1)))
+        prefill.append(next(_steps(llm, ids, new_tokens=1)))
         steps = _steps(llm, ids[:SHORT_CONTEXT], new_tokens=DECODE_TOKENS + 1)
         next(steps)  # the prompt
         # The rate of a shared machine's memory changes within seconds: every few steps are held against the rates

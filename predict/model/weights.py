@@ -4,6 +4,7 @@ Peak host memory is the rank's own weights plus one tensor of the checkpoint.
 """
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +105,7 @@ def dummy_config(name: str, num_hidden_layers: int | None) -> MixtralConfig:
     config = MixtralConfig.read(path)
     if num_hidden_layers is None:
         return config
-    return MixtralConfig(**{**config.__dict__, "num_hidden_layers": positive("num_hidden_layers", num_hidden_layers)})
+    return replace(config, num_hidden_layers=positive("num_hidden_layers", num_hidden_layers))
 
 
 def open_checkpoint(folder: Path, config: MixtralConfig) -> Checkpoint:
