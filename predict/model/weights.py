@@ -3,6 +3,7 @@
 Peak host memory is the rank's own weights plus one tensor of the checkpoint.
 """
 
+import ctypes
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import paddle
+
+# By name: NumPy imports its random numbers when they are first used, and an interrupt inside that import is lost.
+from numpy.random import SFC64, Generator
 
 from ops.quantize import quantize_int8_into
 from predict.model.checkpoint import Checkpoint, CheckpointError
@@ -47,7 +51,7 @@ class DummyWeights:
         shape = self.shapes[name]
         if len(shape) == 1:
             return np.full(shape, 0x3F80, np.uint16), "bfloat16"  # norms: ones
-        random = np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
+        random = Generator(SFC64([self.seed, zlib.crc32(name.encode())]))
         bits = np.frombuffer(random.bytes(int(np.prod(shape))), np.uint8)
         return self.bfloat16_of_byte[bits].reshape(shape), "bfloat16"
 
@@ -143,8 +147,8 @@ def host_view(tensor: paddle.Tensor) -> np.ndarray:
     """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
     numpy_dtypes: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}
     numpy_dtype = numpy_dtypes[str(tensor.dtype).removeprefix("paddle.")]
-    c_type = np.ctypeslib.as_ctypes_type(numpy_dtype)
-    return np.ctypeslib.as_array((c_type * tensor.size).from_address(tensor.data_ptr())).reshape(tensor.shape)
+    memory = (ctypes.c_char * (tensor.size * np.dtype(numpy_dtype).itemsize)).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, numpy_dtype).reshape(tensor.shape)
 
 
 def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
