@@ -20,7 +20,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-BASELINE_ONLY = {"runtime.cc", "collective.cc"}
+BASELINE_ONLY = {"runtime.cc", "collective.cc", "counters.cc"}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 # gcc 12's own AVX-512 headers trip -Wmaybe-uninitialized. Warnings are errors where we build (the Makefile sets the
 # variable), not on a user's machine with a compiler we have not seen.

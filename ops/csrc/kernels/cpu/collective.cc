@@ -33,6 +33,8 @@
 
 #include <atomic>
 
+#include "counters.h"
+
 namespace {
 
 constexpr uint64_t kMagic = 0x70644d69'7874726cull;  // changes with the layout below
@@ -307,6 +309,8 @@ int reduce_by_shares(float* y, int64_t n, uint64_t call) {
   return PM_OK;
 }
 
+pm::KernelClock clock_all_reduce("all_reduce"), clock_all_gather("all_gather");
+
 }  // namespace
 
 extern "C" {
@@ -352,6 +356,7 @@ int pm_cpu_group_rank(void) { return g.rank; }
 int pm_cpu_group_world(void) { return g.world; }
 
 int pm_cpu_all_reduce(const float* x, float* y, int64_t n, void*) {
+  const pm::TimedCall timed(clock_all_reduce);
   if (g.header == nullptr) return PM_NOT_CONNECTED;
   const uint64_t call = describe(1, n, 1);
   for (int64_t begin = 0; begin < n && g.status == PM_OK; begin += kSlotFloats, ++g.chunks) {
@@ -367,6 +372,7 @@ int pm_cpu_all_reduce(const float* x, float* y, int64_t n, void*) {
 }
 
 int pm_cpu_all_gather(const float* x, float* y, int64_t rows, int64_t cols, void*) {
+  const pm::TimedCall timed(clock_all_gather);
   if (g.header == nullptr) return PM_NOT_CONNECTED;
   const uint64_t call = describe(2, rows, cols);
   const int64_t n = rows * cols;

@@ -1,10 +1,12 @@
 // One C entry point for the variants of a kernel: PM_EXPORT(name, (parameters), (arguments)) at the end of a family's file
 // defines `int pm_cpu_name(parameters)`, which calls pm::avx512::name, pm::avx2::name or pm::baseline::name, whichever
-// pm_cpu_isa() says. Every variant's object defines its own; the baseline's object alone holds the entry point.
+// pm_cpu_isa() says, and counts its calls and time. Every variant's object defines its own; the baseline's object alone
+// holds the entry point.
 #ifndef PADDLE_MIXTRAL_DISPATCH_H_
 #define PADDLE_MIXTRAL_DISPATCH_H_
 
 #include "../include/common.h"
+#include "counters.h"
 #include "vec.h"
 
 namespace pm {
@@ -13,24 +15,26 @@ Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could n
 }  // namespace pm
 
 #ifdef PM_ISA_IS_BASELINE
-#define PM_EXPORT(name, parameters, arguments) \
-  namespace pm {                               \
-  namespace avx512 {                           \
-  int name parameters;                         \
-  }                                            \
-  namespace avx2 {                             \
-  int name parameters;                         \
-  }                                            \
-  }                                            \
-  extern "C" int pm_cpu_##name parameters {    \
-    switch (pm::isa()) {                       \
-      case pm::Isa::avx512:                    \
-        return pm::avx512::name arguments;     \
-      case pm::Isa::avx2:                      \
-        return pm::avx2::name arguments;       \
-      default:                                 \
-        return pm::baseline::name arguments;   \
-    }                                          \
+#define PM_EXPORT(name, parameters, arguments)   \
+  namespace pm {                                 \
+  namespace avx512 {                             \
+  int name parameters;                           \
+  }                                              \
+  namespace avx2 {                               \
+  int name parameters;                           \
+  }                                              \
+  }                                              \
+  static pm::KernelClock pm_clock_##name(#name); \
+  extern "C" int pm_cpu_##name parameters {      \
+    const pm::TimedCall timed(pm_clock_##name);  \
+    switch (pm::isa()) {                         \
+      case pm::Isa::avx512:                      \
+        return pm::avx512::name arguments;       \
+      case pm::Isa::avx2:                        \
+        return pm::avx2::name arguments;         \
+      default:                                   \
+        return pm::baseline::name arguments;     \
+    }                                            \
   }
 #else
 #define PM_EXPORT(name, parameters, arguments)

@@ -111,12 +111,15 @@ int fused_moe_typed(const X* x, const float* gate, const W* w13, const W* w2, co
   const int status = route(x, gate, shares.data, chosen, T, H, E, top_k);
   if (status != PM_OK) return status;
   memset(y, 0, static_cast<size_t>(T * H) * sizeof(float));
+  int64_t hit = 0, busiest = 0;
   // Experts in increasing index, so that every token sums its experts in that order.
   for (int64_t e = 0; e < E; ++e) {
     const Expert<W> expert = {w13 + e * 2 * I * H, w2 + e * H * I, w13_scale ? w13_scale + e * 2 * I : nullptr,
                               w2_scale ? w2_scale + e * H : nullptr};
     int64_t total = 0, next = 0;
     for (int64_t t = 0; t < T; ++t) total += chosen[t * E + e];
+    hit += total > 0;
+    busiest = total > busiest ? total : busiest;
     const int64_t blocks = equal_parts(total, limit);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t count = (block + 1) * total / blocks - block * total / blocks;
@@ -131,6 +134,7 @@ int fused_moe_typed(const X* x, const float* gate, const W* w13, const W* w2, co
       run_expert(expert, block_x, block_h, token_of, share_of.data, y, H, I);
     }
   }
+  count_experts(hit, busiest);
   return PM_OK;
 }
 
