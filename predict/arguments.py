@@ -1,6 +1,8 @@
 """The one set of flags predictor and exporter share, and what they mean together."""
 
 import argparse
+import os
+from pathlib import Path
 
 from predict.engine.request import SamplingParams
 from predict.model.weights import DEMO
@@ -23,51 +25,44 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     model = p.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",
-        type=_name,
+        type=nonempty,
         metavar="MODEL",
         default=str(DEMO),
         help="checkpoint folder, exported folder (--mode static), dummy:mixtral-8x7b (random weights of that size), or "
         "a remote name such as mistralai/Mixtral-8x7B-Instruct-v0.1; default: the demo checkpoint",
     )
-    model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
-    model.add_argument("--quant_type", type=_quant_type, metavar="weight_only_int8", help="int8 weights (alias: wint8)")
-    model.add_argument("--mode", choices=["dynamic", "static"], help="default: dynamic")
+    add_model_flags(model, default_mode="dynamic")
     for flag in ("--inference_model", "--block_attn", "--append_attn"):
         model.add_argument(flag, nargs="?", const=True, type=_only_path, help=ONLY_PATH)
-    model.add_argument("--block_size", type=_count, metavar="N", help="tokens in a page of the KV cache; default: 64")
-    model.add_argument("--num_hidden_layers", type=_count, metavar="N", help="layers of a dummy model")
-    model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
-    model.add_argument("--threads", type=_count, metavar="N", help="threads of each rank; default: processors / ranks")
     model.add_argument(
-        "--output_path", type=_name, metavar="DIR", help="exporter: the folder to write; default: ./inference"
+        "--output_path", type=nonempty, metavar="DIR", help="exporter: the folder to write; default: ./inference"
     )
-    model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
 
     text = p.add_argument_group("requests")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue; in a terminal, asked for if left out")
     text.add_argument(
-        "--data_file", type=_name, metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}'
+        "--data_file", type=nonempty, metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}'
     )
     text.add_argument(
         "--output_file",
-        type=_name,
+        type=nonempty,
         metavar="FILE",
         help="JSONL rows {id, src, output, output_token_ids, finish_reason}",
     )
     text.add_argument(
         "--chat_template",
-        type=_name,
+        type=nonempty,
         metavar="TEMPLATE",
         help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), a template file, or a Jinja template; "
         "default: none (raw text)",
     )
-    text.add_argument("--batch_size", type=_count, metavar="N", help="requests that run together; default: 1")
-    text.add_argument("--src_length", type=_count, metavar="N", help="tokens of a prompt at the most; default: 1024")
-    text.add_argument("--max_length", type=_count, metavar="N", help="new tokens at the most; default: 128")
+    text.add_argument("--batch_size", type=count, metavar="N", help="requests that run together; default: 1")
+    text.add_argument("--src_length", type=count, metavar="N", help="tokens of a prompt at the most; default: 1024")
+    text.add_argument("--max_length", type=count, metavar="N", help="new tokens at the most; default: 128")
     text.add_argument(
-        "--total_max_length", type=_count, metavar="N", help="both together; default: src_length + max_length"
+        "--total_max_length", type=count, metavar="N", help="both together; default: src_length + max_length"
     )
-    text.add_argument("--benchmark", action="store_true", default=None, help="measure speed on random tokens instead")
+    text.add_argument("--benchmark", action="store_true", default=None, help="measure speed: paddle-mixtral bench")
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--decode_strategy", choices=["greedy_search", "sampling"], help="default: greedy_search")
@@ -80,6 +75,18 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--seed", type=int, metavar="N", help="of sampling: the same seed gives the same tokens; default: 0"
     )
     return p
+
+
+def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
+    """Adds the flags that say how a model is run, whatever it is run for."""
+    model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
+    model.add_argument("--quant_type", type=_quant_type, metavar="weight_only_int8", help="int8 weights (alias: wint8)")
+    model.add_argument("--mode", choices=["dynamic", "static"], help=f"default: {default_mode}")
+    model.add_argument("--block_size", type=count, metavar="N", help="tokens in a page of the KV cache; default: 64")
+    model.add_argument("--num_hidden_layers", type=count, metavar="N", help="layers of a dummy model")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
+    model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")
+    model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -105,6 +112,19 @@ def check_benchmark(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} has no effect on --benchmark, which runs requests of its own; leave it out")
 
 
+def check_output_file(flag: str, path: Path) -> None:
+    """Finds out before the model is loaded that a result could not be written.
+
+    Raises:
+        ValueError: --flag names a folder, a file in a folder that does not exist, or one this user may not write.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag} {path}: there is no folder {path.parent}; make it, or give another file")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "is a folder" if path.is_dir() else "is not writable for this user"
+        raise ValueError(f"--{flag} {path} {reason}; give another file")
+
+
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """What the sampling flags ask for.
 
@@ -123,13 +143,15 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(max_tokens=128 if args.max_length is None else args.max_length, **given)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An argument's type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, needs an integer of at least 1")
     return int(text)
 
 
-def _name(text: str) -> str:
+def nonempty(text: str) -> str:
+    """An argument's type: a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty; name something, or leave the flag out")
     return text

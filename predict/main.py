@@ -1,15 +1,16 @@
-"""The installed command: paddle-mixtral predict ..., paddle-mixtral export ..."""
+"""The installed command: paddle-mixtral predict ..., paddle-mixtral export ..., paddle-mixtral bench ..."""
 
 import sys
 
 from predict import startup
 
-USAGE = """usage: paddle-mixtral {predict,export} ...
+USAGE = """usage: paddle-mixtral {predict,export,bench} ...
 
   predict   generate text: python predict/predictor.py
   export    write a static program: python predict/export_model.py
+  bench     measure speed, and how far it is from what the machine allows
 
-`paddle-mixtral predict --help` and `paddle-mixtral export --help` list the flags."""
+`paddle-mixtral predict --help`, and so on, list the flags."""
 
 
 def main() -> int:
@@ -21,6 +22,8 @@ def main() -> int:
         from predict.predictor import main as run
     elif command == "export":
         from export.export_model import main as run
+    elif command == "bench":
+        from predict.bench.command import main as run
     else:
         wants_help = command in ("-h", "--help")
         print(USAGE, file=sys.stdout if wants_help else sys.stderr)

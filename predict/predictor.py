@@ -5,7 +5,6 @@ python ./predict/predictor.py --model_name_or_path DIR --dtype bfloat16 --mode d
 
 import argparse
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -18,8 +17,8 @@ if __name__ == "__main__":
     startup.begin()  # before Paddle is imported
 
 from ops import library
-from predict import benchmark
-from predict.arguments import check_benchmark, check_device, parser, sampling_params
+from predict.arguments import check_benchmark, check_device, check_output_file, parser, sampling_params
+from predict.bench.command import run_bench
 from predict.command import run_command
 from predict.dataset import Row, read_rows
 from predict.engine.engine import batches
@@ -39,10 +38,13 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
     check_benchmark(args)
     if args.output_path is not None:
         raise ValueError("--output_path is where the exporter writes; the predictor writes answers to --output_file")
+    if args.benchmark:
+        run_bench(args, ranks)
+        return
     params = sampling_params(args)
     src_length = DEFAULT_SRC_LENGTH if args.src_length is None else args.src_length
     first = ranks.rank == 0
-    rows = [] if args.benchmark else _rows(args, ranks)
+    rows = _rows(args, ranks)
     if args.output_file is not None:
         _check_output_file(Path(args.output_file), args.data_file)
     started = time.perf_counter()
@@ -66,9 +68,6 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
             f"{library.num_threads()} thread(s), {library.cpu_isa()}, ready in {time.perf_counter() - started:.1f} s",
             file=sys.stderr,
         )
-    if args.benchmark:
-        benchmark.run(llm, first)
-        return
     chat = args.chat_template not in (None, "none")
     prompts = [_encode(llm, row, chat, src_length) for row in rows]
     with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else nullcontext() as output:
@@ -94,11 +93,7 @@ def _rows(args: argparse.Namespace, ranks: Ranks) -> list[Row]:
 
 def _check_output_file(path: Path, data_file: str | None) -> None:
     """Finds out before the model is loaded that the answers could not be written, or would replace the questions."""
-    if not path.parent.is_dir():
-        raise ValueError(f"--output_file {path}: there is no folder {path.parent}; make it, or give another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "is a folder" if path.is_dir() else "is not writable for this user"
-        raise ValueError(f"--output_file {path} {reason}; give another file")
+    check_output_file("output_file", path)
     if data_file is not None and path.exists() and path.samefile(data_file):
         raise ValueError(f"--output_file {path} is the --data_file, which it would replace; give another file")
 
@@ -108,8 +103,6 @@ def _total_max_length(args: argparse.Namespace, src_length: int, params: Samplin
         raise ValueError(f"--src_length is {src_length}, needs a positive number")
     if args.total_max_length is not None:
         return args.total_max_length
-    if args.benchmark:
-        return benchmark.TOTAL_MAX_LENGTH
     return None if args.src_length is None and args.max_length is None else src_length + params.max_tokens
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from export.export_model import main as export
-from predict import benchmark, command
+from predict import command
 from predict.llm import LLM
 from predict.predictor import main as predict
 
@@ -239,15 +239,6 @@ def test_without_prompt_file_or_terminal_an_example_is_continued(capsys):
     assert "no --prompt, no --data_file and no terminal to ask in: continuing 'This module provides'" in err
 
 
-def test_benchmark_prints_speed_and_bandwidth(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "REPEAT", 1)
-    monkeypatch.setattr(benchmark, "DECODE_TOKENS", 4)
-    assert predict(["--benchmark"]) == 0
-    out = capsys.readouterr().out
-    assert "decode, batch 1" in out
-    assert "prefill, 512 tokens" in out
-
-
 def shell(script: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", script.replace("PREDICTOR", " ".join(PREDICTOR))],
@@ -283,12 +274,13 @@ def test_a_broken_installation_is_named_without_a_traceback():
     assert result.stderr.startswith("error: PADDLE_MIXTRAL_ISA is 'nope', which this processor or build does not have;")
 
 
-def test_the_installed_command_has_both():
+def test_the_installed_command_has_all_three():
     main = f"{sys.executable} -m predict.main"
-    result = shell(f"{main}; {main} --help; {main} predict --nope; {main} export --nope")
+    result = shell(f"{main}; {main} --help; {main} predict --nope; {main} export --nope; {main} bench --nope")
     assert result.returncode == 2
-    assert result.stdout.startswith("usage: paddle-mixtral {predict,export} ...")
+    assert result.stdout.startswith("usage: paddle-mixtral {predict,export,bench} ...")
     assert result.stderr.count("unrecognized arguments: --nope") == 2
+    assert "the following arguments are required: MODEL" in result.stderr
 
 
 @pytest.mark.parametrize("moment", ["while Paddle is imported", "while weights are loaded"])

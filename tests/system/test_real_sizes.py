@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ["--model_name_or_path", "dummy:mixtral-8x7b", "--num_hidden_layers", "2", "--dtype", "bfloat16"]
+BENCH = ["--prompt_len", "128", "--batch_size", "1,4", "--context_len", "5", "--batch_context_len", "5"]
+BENCH += ["--gen_len", "16", "--repeat", "2"]
 LIMIT_GB = 12.0
 # The network's own bytes: 3.16 G weights in all.
 WEIGHTS_GB = {"weight_only_int8": 3.3, None: 6.4}
@@ -51,7 +53,7 @@ def test_two_layers_run_in_both_modes_within_12_gb(tmp_path, quant_type):
             *("--output_file", tmp_path / "static.jsonl"),
         ),
     }
-    speed, _ = run("predict/predictor.py", "--model_name_or_path", folder, "--mode", "static", "--benchmark")
+    speed, _ = run("predict/main.py", "bench", folder, *BENCH)
     print(speed)
     for name, (_, peak) in peaks.items():
         print(f"{name} {quant_type or 'bfloat16'}: peak {peak:.2f} GB")

@@ -127,3 +127,15 @@ def test_sizes_that_cannot_be_split_are_refused(demo):
     source = find_model(demo)
     with pytest.raises(ConfigError, match="num_key_value_heads 2 cannot be split over 4 ranks"):
         load(source.config, source.weights(), "float32", None, 0, 4)
+
+
+def test_the_bench_measures_two_ranks(demo, tmp_path):
+    flags = ["--prompt_len", "9", "--batch_size", "1,2", "--context_len", "5", "--batch_context_len", "5"]
+    flags += ["--gen_len", "2", "--repeat", "1", "--json", tmp_path / "run.json"]
+    launch(2, tmp_path / "log", ROOT / "predict" / "main.py", "bench", demo, *flags)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["model"]["ranks"] == 2
+    assert [entry["experts_hit"] >= 2 for entry in found["measurements"]] == [True] * 3
+    assert all(entry["kernel_share"]["all_reduce"] > 0 for entry in found["measurements"])
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert ["tokens/s p10" in log for log in logs] == [True, False]
