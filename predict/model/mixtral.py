@@ -16,6 +16,7 @@ from ops.moe import fused_moe
 from ops.norm import add_rms_norm, rms_norm
 from ops.sampling import sample
 from predict.model.config import ConfigError, MixtralConfig
+from predict.model.memory import empty
 
 QUANT_TYPES = ("weight_only_int8",)
 
@@ -162,8 +163,7 @@ def check_shardable(config: MixtralConfig, world_size: int) -> None:
 
 
 def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> None:
-    # Uninitialised: the loader writes every element, and a fill would touch the memory twice.
-    layer.register_buffer(name, paddle.empty(shape, dtype))
+    layer.register_buffer(name, empty(shape, dtype))
 
 
 def _add_weight(layer: nn.Layer, name: str, shape: list[int], dtype: str, quant_type: str | None) -> None:
