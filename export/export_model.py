@@ -21,6 +21,7 @@ from predict.model.config import ConfigError, positive
 from predict.model.source import find_model
 from predict.model.weights import load
 from predict.parallel import Ranks, alone, barrier
+from predict.weights_file import write_weights
 
 # What a folder needs besides program and weights: everything the predictor reads of a checkpoint.
 TOKENIZER_FILES = (
@@ -28,9 +29,9 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
 COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-WRITTEN = re.compile(
-    rf"rank_\d+(/{PROGRAM}\.(json|pdiparams))?|{'|'.join(map(re.escape, (MANIFEST, MANIFEST + '.partial', *COPIED)))}"
-)
+# What an export may have left in its folder; pdiparams are of format version 1.
+_AT_ROOT = (MANIFEST, f"{MANIFEST}.partial", *COPIED)
+WRITTEN = re.compile(rf"rank_\d+(/{PROGRAM}\.(json|safetensors|pdiparams))?|{'|'.join(map(re.escape, _AT_ROOT))}")
 
 
 def export_model(
@@ -69,6 +70,7 @@ def export_model(
             f"exporting: tracing {source.config.num_hidden_layers} layers and writing {program.parent}", file=sys.stderr
         )
     save_program(network, program, block_size)
+    write_weights(program.with_suffix(".safetensors"), dict(network.named_buffers()), first)
     barrier()
     if first:
         print(f"exporting: written in {time.perf_counter() - started:.1f} s", file=sys.stderr)

@@ -1,5 +1,7 @@
-"""Tracing the step into a static program."""
+"""Tracing the step into a static program, which takes its weights as inputs."""
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import paddle
@@ -23,13 +25,41 @@ _INPUTS = {
 }
 
 
-def save_program(model: Mixtral, path: Path, block_size: int) -> None:
-    """Traces the whole step, sampling included, and writes ``path``.json and ``path``.pdiparams.
+def save_program(network: Mixtral, path: Path, block_size: int) -> None:
+    """Traces the whole step, sampling included, and writes ``path``.json, which holds no weights.
 
-    The number of tokens, sequences, sampled rows and cache pages stay free; block_size is fixed.
+    The number of tokens, sequences, sampled rows and cache pages stay free; block_size is fixed. The weights are inputs
+    named as the network's buffers.
     """
-    specs: list = [InputSpec([None] * _INPUTS[name][0], _INPUTS[name][1], name) for name in INPUT_NAMES]
-    shapes = cache_shapes(model.config, model.world_size, -1, block_size)
-    specs.append([InputSpec(s, model.dtype, n) for s, n in zip(shapes, cache_names(model.config), strict=True)])
-    traced = paddle.jit.to_static(model, input_spec=specs, full_graph=True)
-    paddle.jit.save(traced, str(path))
+    buffers = dict(network.named_buffers())
+    batch = [InputSpec([None] * _INPUTS[name][0], _INPUTS[name][1], name) for name in INPUT_NAMES]
+    shapes = cache_shapes(network.config, network.world_size, -1, block_size)
+    caches = [InputSpec(s, network.dtype, n) for s, n in zip(shapes, cache_names(network.config), strict=True)]
+    weights = {name: InputSpec.from_tensor(buffer, name) for name, buffer in buffers.items()}
+
+    def step(batch, caches, weights):
+        _take_weights(network, weights)
+        return network(*batch, caches)
+
+    try:
+        traced = paddle.jit.to_static(step, input_spec=[batch, caches, weights], full_graph=True)
+        with warnings.catch_warnings():
+            for remark in ("What you save is a function", "no variable in your model"):  # both as they should be
+                warnings.filterwarnings("ignore", remark)
+            paddle.jit.save(traced, str(path))
+    finally:
+        _take_weights(network, buffers)
+
+
+@paddle.jit.not_to_static  # a part of Python's, not of the program's
+def _take_weights(network: Mixtral, weights: Mapping[str, paddle.Tensor | paddle.pir.Value]) -> None:
+    """Puts ``weights``, traced or real, in the place of the network's buffers of the same names."""
+    layers = dict(network.named_sublayers(include_self=True))
+    for name, weight in weights.items():
+        path, _, attribute = name.rpartition(".")
+        # Assigning a traced value to a buffer would have the program copy it, so the buffer goes first.
+        delattr(layers[path], attribute)
+        if isinstance(weight, paddle.Tensor):
+            layers[path].register_buffer(attribute, weight)
+        else:
+            setattr(layers[path], attribute, weight)

@@ -2,7 +2,7 @@
 
 manifest.json                     written last: a folder without it is an export that did not finish
 config.json, tokenizer.model, ... copied from the checkpoint
-rank_0/model.json, model.pdiparams    the program and weights of each rank
+rank_0/model.json, model.safetensors  the program of each rank, and the weights it takes
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from predict.model.mixtral import QUANT_TYPES
 from predict.progress import progress
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The layout of int8 weights on disk and in memory: [out, in] row-major and one float32 scale per row.
 WEIGHT_LAYOUT = "row_major"
 PROGRAM = "model"
@@ -119,7 +119,7 @@ class Artifact:
             files,
         )
         for rank in range(artifact.world_size):
-            for suffix in ("json", "pdiparams"):
+            for suffix in ("json", "safetensors"):
                 if (name := f"rank_{rank}/{PROGRAM}.{suffix}") not in files:
                     raise ConfigError(f"{name} is not among its files")
         return artifact
@@ -171,7 +171,7 @@ class Artifact:
                     )
 
     def program(self, rank: int) -> Path:
-        """Path of a rank's program, without suffix."""
+        """Path of a rank's program and weights, without their suffixes."""
         return self.folder / f"rank_{rank}" / PROGRAM
 
 

@@ -117,7 +117,13 @@ class LLM:
         program = artifact.program(self.ranks.rank)
         try:
             self.runner: StaticRunner | DynamicRunner = StaticRunner(
-                program, artifact.config, artifact.world_size, artifact.dtype, self.num_blocks, artifact.block_size
+                program,
+                artifact.config,
+                artifact.world_size,
+                artifact.dtype,
+                self.num_blocks,
+                artifact.block_size,
+                self.ranks.rank == 0,
             )
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]

@@ -10,6 +10,7 @@ from ops import library
 from predict.engine.batch import INPUT_NAMES, StepBatch
 from predict.model.config import MixtralConfig
 from predict.model.mixtral import Mixtral
+from predict.weights_file import read_weights
 
 
 def cache_shapes(config: MixtralConfig, world_size: int, num_blocks: int, block_size: int) -> list[list[int]]:
@@ -66,19 +67,27 @@ class DynamicRunner:
 
 
 class StaticRunner:
-    """Steps by running an exported program; its caches are bound once and written in place.
+    """Steps by running an exported program; its weights and caches are bound once, the caches written in place.
 
     Args:
-        program: path of the program without its suffix (model.json, model.pdiparams).
+        program: path of program and weights without their suffixes (.json, .safetensors).
+        show: show a progress bar while loading.
     """
 
     mode = "static"
 
     def __init__(
-        self, program: Path, config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int
+        self,
+        program: Path,
+        config: MixtralConfig,
+        world_size: int,
+        dtype: str,
+        num_blocks: int,
+        block_size: int,
+        show: bool = False,
     ):
         self.num_blocks, self.block_size = num_blocks, block_size
-        settings = inference.Config(f"{program}.json", f"{program}.pdiparams")
+        settings = inference.Config(f"{program}.json", "")
         settings.disable_gpu()
         settings.disable_onednn()  # ten times slower than Paddle's own kernels on operators this small
         settings.disable_glog_info()
@@ -86,10 +95,16 @@ class StaticRunner:
         self.predictor = inference.create_predictor(settings)
         self.inputs = [self.predictor.get_input_handle(name) for name in INPUT_NAMES]
         self.outputs = [self.predictor.get_output_handle(name) for name in self.predictor.get_output_names()]
+        names = cache_names(config)
+        needed = {}
+        for name in set(self.predictor.get_input_names()).difference(INPUT_NAMES, names):
+            handle = self.predictor.get_input_handle(name)
+            needed[name] = (handle.type().name.lower(), tuple(handle.shape()))
         # The predictor keeps no reference to what it shares.
+        self.weights = read_weights(program.with_suffix(".safetensors"), needed, show)
         self.caches = _empty_caches(config, world_size, dtype, num_blocks, block_size)
-        for name, cache in zip(cache_names(config), self.caches, strict=True):
-            self.predictor.get_input_handle(name).share_external_data(cache)
+        for name, tensor in [*self.weights.items(), *zip(names, self.caches, strict=True)]:
+            self.predictor.get_input_handle(name).share_external_data(tensor)
 
     def step(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
         """next_tokens [S] int32 and logprobs [S] float32."""

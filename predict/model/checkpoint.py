@@ -48,7 +48,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.entries: dict[str, TensorEntry] = {}
         for file, promised in self._files().items():
-            found = _read_header(file)
+            found = read_header(file)
             missing = sorted(promised - found.keys())
             if missing:
                 raise CheckpointError(f"{file}: tensor {missing[0]} is not in it, though {self.folder / INDEX} says so")
@@ -129,7 +129,12 @@ class Checkpoint:
         return np.memmap(entry.file, numpy_dtype, "r", entry.offset, entry.shape), dtype
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Name and place of every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is no such file, or is damaged or truncated.
+    """
     try:
         # safetensors refuses a truncated, overlapping or oversized header; NumPy then needs the offsets it hides.
         with safe_open(file, framework="numpy"):

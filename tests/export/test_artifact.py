@@ -12,11 +12,15 @@ import pytest
 
 from export import export_model as exporter
 from export.export_model import export_model
+from export.program import save_program
 from ops.library import ABI_VERSION
 from predict.artifact import Artifact, ArtifactError
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
+from predict.model.checkpoint import read_header
 from predict.model.config import ConfigError, MixtralConfig
+from predict.model.source import find_model
+from predict.model.weights import load
 from predict.parallel import alone
 
 INT8 = ("bfloat16", "weight_only_int8")
@@ -41,7 +45,7 @@ def test_the_manifest_says_all_there_is_to_say(exported, demo):
     config = MixtralConfig.read(demo / "config.json")
     assert manifest.pop("config") == json.loads(json.dumps(dataclasses.asdict(config)))
     assert manifest == {
-        "format_version": 1,
+        "format_version": 2,
         "paddle_version": paddle.__version__,
         "ops_abi_version": ABI_VERSION,
         "dtype": "bfloat16",
@@ -53,7 +57,7 @@ def test_the_manifest_says_all_there_is_to_say(exported, demo):
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(files) == present - {"manifest.json"}
     tokenizer = {"tokenizer.model", "tokenizer_config.json"}
-    assert set(files) >= tokenizer | {"rank_0/model.json", "rank_0/model.pdiparams", "generation_config.json"}
+    assert set(files) >= tokenizer | {"rank_0/model.json", "rank_0/model.safetensors", "generation_config.json"}
     for name, entry in files.items():
         data = (folder / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -69,15 +73,16 @@ def test_quantised_weights_are_saved_as_int8(exported, demo):
     layer = sum(rows * columns + 4 * rows for rows, columns in shapes) + 4 * hidden * (experts + 2)
     vocabulary = config.vocab_size * (2 * hidden + hidden + 4)
     expected = config.num_hidden_layers * layer + vocabulary + 4 * hidden
-    size = (exported(*INT8) / "rank_0" / "model.pdiparams").stat().st_size
-    # Each tensor has a header of some tens of bytes.
-    assert expected <= size < expected + 100 * (12 * config.num_hidden_layers + 5)
+    path = exported(*INT8) / "rank_0" / "model.safetensors"
+    header = read_header(path)
+    assert path.stat().st_size == min(entry.offset for entry in header.values()) + expected
+    assert (header["layers.0.w13"].dtype, header["layers.0.w13"].shape) == ("I8", (experts, 2 * inner, hidden))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "exported with format_version 2, this version needs 1; export it again"),
+        ({"format_version": 1}, "exported with format_version 1, this version needs 2; export it again"),
         ({"format_version": ...}, "exported with format_version None"),
         ({"ops_abi_version": 99}, f"exported with ops_abi_version 99, this version needs {ABI_VERSION}"),
         ({"weight_layout": "amx16x64"}, "exported with weight_layout 'amx16x64', this version needs 'row_major'"),
@@ -120,7 +125,7 @@ def test_a_folder_without_a_manifest_is_no_export(copy, tmp_path):
         LLM(tmp_path / "absent", mode="static")
 
 
-@pytest.mark.parametrize("name", ["rank_0/model.pdiparams", "rank_0/model.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["rank_0/model.safetensors", "rank_0/model.json", "tokenizer.model"])
 def test_missing_and_truncated_files_are_named(copy, name):
     size = (copy / name).stat().st_size
     os.truncate(copy / name, 1000)
@@ -133,7 +138,7 @@ def test_missing_and_truncated_files_are_named(copy, name):
         LLM(copy)
 
 
-@pytest.mark.parametrize("name", ["rank_0/model.pdiparams", "rank_0/model.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["rank_0/model.safetensors", "rank_0/model.json", "tokenizer_config.json"])
 def test_verify_sees_a_flipped_bit(copy, name):
     LLM(copy, verify=True)
     data = bytearray((copy / name).read_bytes())
@@ -148,6 +153,26 @@ def test_a_program_paddle_cannot_load_is_refused(copy):
     program.write_text("x" + program.read_text()[1:])
     with pytest.raises(ArtifactError, match=r"Paddle cannot load the program .* look for changed bytes with --verify"):
         LLM(copy)
+
+
+def test_weights_of_another_export_are_refused(copy, exported):
+    """The manifest would refuse another size; this is what it takes to get past it."""
+    other = exported("bfloat16", None) / "rank_0" / "model.safetensors"
+    shutil.copyfile(other, copy / "rank_0" / "model.safetensors")
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    files["rank_0/model.safetensors"]["bytes"] = other.stat().st_size
+    edit(copy, files=files)
+    with pytest.raises(ArtifactError, match=r"holds BF16 .*, the program beside it needs I8 .*; export it again"):
+        LLM(copy)
+
+
+def test_exporting_leaves_the_network_as_it_was(demo, tmp_path):
+    source = find_model(demo)
+    network = load(source.config, source.weights(), "bfloat16", "weight_only_int8")
+    before = dict(network.named_buffers())
+    save_program(network, tmp_path / "model", 64)
+    assert {name: id(buffer) for name, buffer in network.named_buffers()} == {n: id(b) for n, b in before.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.json"]  # and no weights beside the program
 
 
 @pytest.mark.parametrize(
@@ -181,12 +206,14 @@ def test_an_export_replaces_an_older_one(demo, tmp_path):
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / "inference"
         (folder / "rank_7").mkdir(parents=True, exist_ok=True)  # of an older export on more ranks
+        (folder / "rank_7" / "model.pdiparams").touch()  # of format version 1
         assert export_model(str(demo), folder, dtype=dtype, ranks=alone()).dtype == dtype
     Artifact.open(folder).verify(show=False)
     assert not (folder / "rank_7").exists()
 
 
-def test_an_interrupted_export_leaves_no_manifest_and_can_be_repeated(demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["save_program", "write_weights"])
+def test_an_interrupted_export_leaves_no_manifest_and_can_be_repeated(demo, tmp_path, monkeypatch, part):
     folder = tmp_path / "inference"
     export_model(str(demo), folder, ranks=alone())
 
@@ -195,7 +222,7 @@ def test_an_interrupted_export_leaves_no_manifest_and_can_be_repeated(demo, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter, "save_program", interrupted)
+        patch.setattr(exporter, part, interrupted)
         with pytest.raises(KeyboardInterrupt):
             export_model(str(demo), folder, ranks=alone())
     assert not Artifact.is_artifact(folder)

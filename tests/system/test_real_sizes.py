@@ -61,3 +61,5 @@ def test_two_layers_run_in_both_modes_within_12_gb(tmp_path, quant_type):
     assert (tmp_path / "dynamic.jsonl").read_bytes() == (tmp_path / "static.jsonl").read_bytes()
     # Law 3: the rank's own weights and one tensor (0.25 GB at the most, and its quantised copy), over Paddle's 0.4 GB.
     assert peaks["dynamic"][1] <= WEIGHTS_GB[quant_type] + 1.0
+    # The weights and a tenth, over the same.
+    assert peaks["static"][1] <= 1.1 * WEIGHTS_GB[quant_type] + 0.5

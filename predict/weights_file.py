@@ -1,0 +1,160 @@
+"""The weights of an exported program: one safetensors file a rank, in the kernels' layout.
+
+Names are those of the network's buffers (layers.0.w13, layers.0.w13_scale, ...) and of the program's inputs. Data
+begins on a page of the file; tensors whose size is a multiple of a page, half a page, ... come first and begin on such.
+
+Decoding reads nearly all of this memory for every token, so it should lie in huge pages. Where the system caches files
+in huge pages (Linux 6.16 on ext4, for one) the file is mapped: nothing is copied, and all processes that run the same
+export share it. Elsewhere a mapping would decode slower by some 15 %, so the file is copied into huge pages of our own.
+"""
+
+import json
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+from ops import library
+from predict.artifact import ArtifactError
+from predict.model.checkpoint import TensorEntry, read_header
+from predict.model.memory import empty
+from predict.model.weights import host_view
+from predict.progress import progress
+
+PAGE = 4096
+CHUNK = 8 << 20  # bytes read or written at a time: whole huge pages of the file, so that it is cached in such
+# A mapping of which this share lies in huge pages reads as fast as a copy, within what can be measured.
+HUGE_SHARE = 0.9
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+_SAFETENSORS_NAMES = {"int8": "I8", "float32": "F32", "bfloat16": "BF16"}
+# NumPy has no bfloat16.
+_NUMPY_TYPES = {"int8": np.int8, "float32": np.float32, "bfloat16": np.int16}
+Kind = tuple[str, tuple[int, ...]]  # element type, shape
+
+
+def write_weights(path: Path, weights: Mapping[str, paddle.Tensor], show: bool = True) -> None:
+    """Writes tensors from the memory they are in, with a progress bar if ``show``."""
+    views = {name: _bytes(weights[name]) for name in sorted(weights, key=lambda n: _alignment(weights[n]))}
+    header: dict[str, dict] = {}
+    end = 0
+    for name, view in views.items():
+        dtype, shape = _kind(weights[name])
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [end, end + view.size]}
+        end += view.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)  # which the format allows for alignment
+    with open(path, "wb", buffering=0) as stream, progress("writing weights", end, "B", show) as bar:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for view in views.values():
+            done = 0
+            while done < view.size:
+                count = stream.write(view[done:][: CHUNK - stream.tell() % CHUNK].data)
+                bar.update(count)
+                done += count
+
+
+def read_weights(path: Path, needed: Mapping[str, Kind], show: bool = True) -> dict[str, paddle.Tensor]:
+    """The tensors of a file, mapped or copied (see above), with a progress bar if ``show``.
+
+    A mapped file must not be changed in place while it is in use; deleting it, or exporting again, does no harm.
+
+    Args:
+        needed: name, element type ("int8", "float32" or "bfloat16") and shape of every tensor the file must hold.
+
+    Raises:
+        CheckpointError: the header is damaged.
+        ArtifactError: the file does not hold exactly what is needed, or ends early.
+    """
+    header = read_header(path)
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.items()}
+    wanted = {name: (_SAFETENSORS_NAMES[dtype], shape) for name, (dtype, shape) in needed.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ArtifactError(
+                f"{path}: holds {_text(found.get(name))} for {name}, the program beside it needs "
+                f"{_text(wanted.get(name))}: the two are not of one export; export it again"
+            )
+    with progress("loading weights", path.stat().st_size, "B", show) as bar:
+        mapping = _map(path, bar)
+        if mapping is not None:
+            return {name: _mapped(mapping, header[name].offset, *kind) for name, kind in needed.items()}
+        bar.reset()
+        return _copy(path, header, needed, bar)
+
+
+def _map(path: Path, bar: tqdm) -> mmap.mmap | None:
+    """The file, read and mapped; None if that did not give huge pages."""
+    before = _huge_bytes()
+    try:
+        # Private and writable: NumPy 1 lends nothing else; pages that nobody writes to are shared all the same.
+        with open(path, "rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, len(mapping), CHUNK):
+            size = min(CHUNK, len(mapping) - at)
+            mapping.madvise(_MADV_POPULATE_READ, at, size)
+            bar.update(size)
+    except OSError:  # a file system that maps nothing, or a Linux that does not know one of the two
+        return None
+    return mapping if _huge_bytes() - before >= HUGE_SHARE * len(mapping) else None
+
+
+def _huge_bytes() -> int:
+    """Bytes of files that this process has mapped in huge pages."""
+    found = re.search(r"^FilePmdMapped: +(\d+) kB$", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def _mapped(mapping: mmap.mmap, offset: int, dtype: str, shape: tuple[int, ...]) -> paddle.Tensor:
+    """A tensor in the mapping's memory, which it keeps alive."""
+    array = np.frombuffer(mapping, _NUMPY_TYPES[dtype], int(np.prod(shape)), offset).reshape(shape)
+    tensor = paddle.from_dlpack(array)
+    return tensor.view("bfloat16") if dtype == "bfloat16" else tensor
+
+
+def _copy(
+    path: Path, header: Mapping[str, TensorEntry], needed: Mapping[str, Kind], bar: tqdm
+) -> dict[str, paddle.Tensor]:
+    weights = {name: empty(list(shape), dtype) for name, (dtype, shape) in needed.items()}
+    chunks = []
+    for name in sorted(weights, key=lambda n: header[n].offset):
+        view = _bytes(weights[name])
+        chunks += [(view[at : at + CHUNK], header[name].offset + at) for at in range(0, view.size, CHUNK)]
+    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(library.num_threads()) as pool:
+        for size in pool.map(lambda chunk: _read(stream.fileno(), path, *chunk), chunks):
+            bar.update(size)
+    return weights
+
+
+def _read(file: int, path: Path, target: np.ndarray, offset: int) -> int:
+    done = 0
+    while done < target.size:
+        count = os.preadv(file, [target[done:].data], offset + done)
+        if count == 0:
+            raise ArtifactError(f"{path}: ends at byte {offset + done} while being read; copy or export it again")
+        done += count
+    return done
+
+
+def _alignment(tensor: paddle.Tensor) -> int:
+    """Sorts to the front what ends on a multiple of a higher power of two: what follows begins there."""
+    size = _bytes(tensor).size
+    return -min(size & -size, PAGE)
+
+
+def _text(kind: Kind | None) -> str:
+    return "nothing" if kind is None else f"{kind[0]} {list(kind[1])}"
+
+
+def _bytes(tensor: paddle.Tensor) -> np.ndarray:
+    return host_view(tensor).reshape(-1).view(np.uint8)
+
+
+def _kind(tensor: paddle.Tensor) -> Kind:
+    return str(tensor.dtype).removeprefix("paddle."), tuple(tensor.shape)
