@@ -38,7 +38,7 @@ def _load() -> ctypes.CDLL:
     if library.pm_cpu_isa() is None:
         raise OperatorLibraryError(
             f"PADDLE_MIXTRAL_ISA is '{os.environ['PADDLE_MIXTRAL_ISA']}', which this processor or build does not have; "
-            "use avx512, avx2 or baseline, or leave it unset"
+            "use amx, avx512_vnni, avx512, avx2 or baseline, or leave it unset"
         )
     return library
 
@@ -59,7 +59,7 @@ def run(op: str, *arguments):
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU kernels use: "avx512", "avx2" or "baseline"."""
+    """The instruction set the CPU kernels use: "amx", "avx512_vnni", "avx512", "avx2" or "baseline"."""
     return LIBRARY.pm_cpu_isa().decode()
 
 

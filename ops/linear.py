@@ -23,11 +23,14 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, out_dtype: str) -> paddle.Te
 
 
 def weight_only_linear(x: paddle.Tensor, weight: paddle.Tensor, scale: paddle.Tensor, out_dtype: str) -> paddle.Tensor:
-    """``(x @ weight^T) * scale`` with an int8 weight as ops.quantize.quantize_int8 makes it, sums in float32.
+    """``(x @ q^T) * scale`` with a weight ``q, scale`` of ops.quantize.quantize_int8, packed.
+
+    ``x`` is rounded to 16-bit fixed point, in steps of its row's largest magnitude / 32639; sums are exact.
+    A row of the result depends on its row of ``x`` alone, bit for bit.
 
     Args:
-        x: [T, K] float32 or bfloat16, T >= 1.
-        weight: [N, K] int8.
+        x: [T, K] float32 or bfloat16, T >= 1, K <= 65536.
+        weight: ops.quantize.pack_int8(q), uint8 [ceil(N / 32), ceil(K / 64), 2048].
         scale: [N] float32.
         out_dtype: "float32" or "bfloat16".
 

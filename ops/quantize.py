@@ -1,4 +1,4 @@
-"""Weights to int8, one scale a row: symmetric, absmax / 127."""
+"""Weights to int8, one scale a row: symmetric, absmax / 127; and packed into the tiles the kernels multiply with."""
 
 import ctypes
 
@@ -6,6 +6,10 @@ import numpy as np
 import paddle
 
 from ops.library import LIBRARY, run
+
+INT8_LAYOUT = "tile32x64"  # the name of the packed layout: ops/csrc/kernels/include/quantize.h
+INT8_ZERO = 128  # what stands for 0 in it, and wherever no weight is
+_TILE_ROWS, _TILE_COLUMNS = 32, 64
 
 # A weight format of the host entry: its NumPy type (NumPy has no bfloat16: its bits as uint16) and its pm_dtype.
 _HOST_FORMATS = {"float32": (np.float32, 0), "bfloat16": (np.uint16, 1), "float16": (np.float16, 2)}
@@ -65,6 +69,63 @@ def quantize_int8_into(weight: np.ndarray, q: np.ndarray, scale: np.ndarray, dty
     not_finite = np.flatnonzero(np.isnan(scale))
     if not_finite.size:
         raise ValueError(f"row {not_finite[0]} of weight has a value that is not finite")
+
+
+def packed_shape(rows: int, columns: int) -> list[int]:
+    """Shape of [rows, columns] int8 in tiles: [tiles of 32 rows, tiles of 64 columns, 2048] uint8."""
+    return [-(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS), _TILE_ROWS * _TILE_COLUMNS]
+
+
+def gate_up_shape(intermediate: int, columns: int) -> list[int]:
+    """Shape of ``intermediate`` gate rows and as many up rows, 16 and 16 to a tile."""
+    return packed_shape(-(-intermediate // 16) * _TILE_ROWS, columns)
+
+
+def pack_int8(q: np.ndarray) -> np.ndarray:
+    """q [N, K] int8 -> uint8 of :func:`packed_shape`."""
+    packed = np.full(packed_shape(*q.shape), INT8_ZERO, np.uint8)
+    pack_int8_into(q, packed)
+    return packed
+
+
+def pack_gate_up(q: np.ndarray) -> np.ndarray:
+    """q [2I, K] int8, gate rows above up rows -> uint8 of :func:`gate_up_shape`."""
+    gate, up = np.split(q, 2)
+    packed = np.full(gate_up_shape(*gate.shape), INT8_ZERO, np.uint8)
+    pack_int8_into(gate, packed, half=0)
+    pack_int8_into(up, packed, half=1)
+    return packed
+
+
+def pack_int8_into(q: np.ndarray, packed: np.ndarray, row: int = 0, half: int | None = None) -> None:
+    """Packs ``q`` [N, K] int8, its rows any distance apart, into host memory of a packed shape.
+
+    Args:
+        packed: uint8, contiguous; 128 wherever no weight is ever packed to (rows and columns beyond the last).
+        row: of ``packed``, where the first row goes.
+        half: 0 or 1 to fill that half of every tile, 16 rows each (gate rows 0, up rows 1), instead of whole tiles.
+
+    Raises:
+        ValueError: a shape, dtype or layout other than the above.
+    """
+    rows, columns = q.shape
+    if q.dtype != np.int8 or q.strides[1] != 1:
+        raise ValueError(f"q is {_kind(q)} with strides {q.strides}, needs int8, the elements of a row side by side")
+    if half not in (None, 0, 1) or (half is not None and row):
+        raise ValueError(f"half is {half} and row is {row}, needs half 0 or 1 and row 0, or half None")
+    needed = packed_shape(row + rows, columns) if half is None else gate_up_shape(rows, columns)
+    if not _is_output(packed, np.uint8, (max(needed[0], packed.shape[0]), *needed[1:])):
+        raise ValueError(f"packed is {_kind(packed)}, needs contiguous, writable uint8 {needed} or more")
+    LIBRARY.pm_cpu_pack_int8(
+        ctypes.c_void_p(q.ctypes.data),
+        ctypes.c_int64(q.strides[0]),
+        ctypes.c_void_p(packed.ctypes.data),
+        ctypes.c_int64(row if half is None else half * 16),
+        ctypes.c_int64(1 if half is None else 2),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        None,
+    )
 
 
 def _is_output(array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> bool:

@@ -84,9 +84,19 @@ def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x @ weight.T
 
 
+def fixed_point(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x [T, K] float32 in 16-bit fixed point: q [T, K] int64 and scale [T] float32; q * scale[:, None] is nearly x."""
+    most = np.abs(x).max(axis=-1)
+    small = most < np.float32(2.0**-100)
+    most = np.where(small, np.float32(1), most)
+    q = np.rint(x * (np.float32(32639) / most)[:, None]).astype(np.int64)
+    return np.where(small[:, None], 0, q), np.where(small, np.float32(0), most / np.float32(32639))
+
+
 def weight_only_linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """ops.linear.weight_only_linear: x [T, K], weight [N, K] int8, scale [N] -> [T, N]."""
-    return (x @ weight.astype(np.float32).T) * scale
+    """ops.linear.weight_only_linear: x [T, K], weight [N, K] int8 (not packed), scale [N] -> [T, N], the same bits."""
+    q, token_scale = fixed_point(x)
+    return (q @ weight.astype(np.int64).T).astype(np.float32) * token_scale[:, None] * scale
 
 
 def quantize_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +105,36 @@ def quantize_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(weight).max(axis=-1) / np.float32(127)
     scale[scale == 0] = 1
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
+
+
+def pack_int8(q: np.ndarray) -> np.ndarray:
+    """ops.quantize.pack_int8: q [N, K] int8 -> uint8 [tiles of 32 rows, tiles of 64 columns, 2048]."""
+    rows, columns = -(-q.shape[0] // 32), -(-q.shape[1] // 64)
+    padded = np.zeros((rows * 32, columns * 64), np.int16)
+    padded[: q.shape[0], : q.shape[1]] = q
+    tiles = padded.reshape(rows, 32, columns, 16, 4).transpose(0, 2, 3, 1, 4)
+    return (tiles + 128).astype(np.uint8).reshape(rows, columns, 2048)
+
+
+def pack_gate_up(q: np.ndarray) -> np.ndarray:
+    """ops.quantize.pack_gate_up: q [2I, K] int8, gate above up -> tiles of 16 gate and 16 up rows."""
+    gate, up = np.split(q, 2)
+    rows = -(-len(gate) // 16) * 16
+    halves = [np.pad(half, ((0, rows - len(half)), (0, 0))).reshape(-1, 16, q.shape[1]) for half in (gate, up)]
+    return pack_int8(np.stack(halves, axis=1).reshape(-1, q.shape[1]))
+
+
+def unpack_int8(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """q [rows, columns] int8 of pack_int8(q)."""
+    tiles = packed.reshape(*packed.shape[:2], 16, 32, 4).transpose(0, 3, 1, 2, 4)
+    q = (tiles.reshape(packed.shape[0] * 32, -1).astype(np.int16) - 128).astype(np.int8)
+    return q[:rows, :columns]
+
+
+def unpack_gate_up(packed: np.ndarray, intermediate: int, columns: int) -> np.ndarray:
+    """q [2 * intermediate, columns] int8 of pack_gate_up(q)."""
+    halves = unpack_int8(packed, len(packed) * 32, columns).reshape(-1, 2, 16, columns)
+    return np.concatenate([halves[:, i].reshape(-1, columns)[:intermediate] for i in range(2)])
 
 
 def dequantize_int8(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -113,16 +153,25 @@ def route(x: np.ndarray, gate: np.ndarray, top_k: int) -> np.ndarray:
     return share / share.sum(axis=-1, keepdims=True)
 
 
-def fused_moe(x: np.ndarray, gate: np.ndarray, w13: np.ndarray, w2: np.ndarray, top_k: int) -> np.ndarray:
-    """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H].
+def fused_moe(
+    x: np.ndarray,
+    gate: np.ndarray,
+    w13: np.ndarray,
+    w2: np.ndarray,
+    top_k: int,
+    w13_scale: np.ndarray | None = None,
+    w2_scale: np.ndarray | None = None,
+) -> np.ndarray:
+    """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H]; int8 not packed."""
 
-    int8 weights come in dequantised.
-    """
+    def product(x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None, e: int) -> np.ndarray:
+        return linear(x, weight[e]) if scale is None else weight_only_linear(x, weight[e], scale[e])
+
     share = route(x, gate, top_k)
     y = np.zeros_like(x)
     for e in range(gate.shape[0]):
-        hidden, up = np.split(x @ w13[e].T, 2, axis=-1)
-        y += share[:, e : e + 1] * ((hidden / (1 + np.exp(-hidden)) * up) @ w2[e].T)
+        hidden, up = np.split(product(x, w13, w13_scale, e), 2, axis=-1)
+        y += share[:, e : e + 1] * product(hidden / (1 + np.exp(-hidden)) * up, w2, w2_scale, e)
     return y
 
 

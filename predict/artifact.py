@@ -15,20 +15,24 @@ from typing import Any
 import paddle
 
 from ops.library import ABI_VERSION
+from ops.quantize import INT8_LAYOUT
 from predict.model.config import ConfigError, MixtralConfig, positive, read_json
 from predict.model.mixtral import QUANT_TYPES
 from predict.progress import progress
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-# The layout of int8 weights on disk and in memory: [out, in] row-major and one float32 scale per row.
-WEIGHT_LAYOUT = "row_major"
 PROGRAM = "model"
 HASH_CHUNK = 1 << 22
 
 
 class ArtifactError(ValueError):
     """An exported folder that is incomplete, changed, or not what was asked for."""
+
+
+def weight_layout(quant_type: str | None) -> str:
+    """How the matrices of an exported model lie in its files and in memory: as the kernels multiply with them."""
+    return "row_major" if quant_type is None else INT8_LAYOUT
 
 
 def refuse_artifact(model: str | Path) -> None:
@@ -79,7 +83,11 @@ class Artifact:
             manifest = read_json(folder / MANIFEST, "the manifest of an exported model")
         except ConfigError as error:
             raise ArtifactError(f"{error}; export the model again") from error
-        wanted = {"format_version": FORMAT_VERSION, "ops_abi_version": ABI_VERSION, "weight_layout": WEIGHT_LAYOUT}
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "ops_abi_version": ABI_VERSION,
+            "weight_layout": weight_layout(manifest.get("quant_type")),
+        }
         for key, needed in wanted.items():
             if manifest.get(key) != needed:
                 raise ArtifactError(
@@ -193,7 +201,7 @@ def write_manifest(
         "ops_abi_version": ABI_VERSION,
         "dtype": dtype,
         "quant_type": quant_type,
-        "weight_layout": WEIGHT_LAYOUT,
+        "weight_layout": weight_layout(quant_type),
         "world_size": world_size,
         "block_size": block_size,
         "config": dataclasses.asdict(config),

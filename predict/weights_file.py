@@ -23,8 +23,7 @@ from tqdm import tqdm
 from ops import library
 from predict.artifact import ArtifactError
 from predict.model.checkpoint import TensorEntry, read_header
-from predict.model.memory import empty
-from predict.model.weights import host_view
+from predict.model.memory import empty, host_view
 from predict.progress import progress
 
 PAGE = 4096
@@ -32,9 +31,9 @@ CHUNK = 8 << 20  # bytes read or written at a time: whole huge pages of the file
 # A mapping of which this share lies in huge pages reads as fast as a copy, within what can be measured.
 HUGE_SHARE = 0.9
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
-_SAFETENSORS_NAMES = {"int8": "I8", "float32": "F32", "bfloat16": "BF16"}
+_SAFETENSORS_NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16"}
 # NumPy has no bfloat16.
-_NUMPY_TYPES = {"int8": np.int8, "float32": np.float32, "bfloat16": np.int16}
+_NUMPY_TYPES = {"uint8": np.uint8, "float32": np.float32, "bfloat16": np.int16}
 Kind = tuple[str, tuple[int, ...]]  # element type, shape
 
 
@@ -65,7 +64,7 @@ def read_weights(path: Path, needed: Mapping[str, Kind], show: bool = True) -> d
     A mapped file must not be changed in place while it is in use; deleting it, or exporting again, does no harm.
 
     Args:
-        needed: name, element type ("int8", "float32" or "bfloat16") and shape of every tensor the file must hold.
+        needed: name, element type ("uint8", "float32" or "bfloat16") and shape of every tensor the file must hold.
 
     Raises:
         CheckpointError: the header is damaged.

@@ -2,7 +2,9 @@
 
 import ctypes
 import mmap
+from typing import Any
 
+import numpy as np
 import paddle
 
 HUGE_PAGE = 2 << 20  # bytes, on x86-64
@@ -23,3 +25,11 @@ def empty(shape: list[int], dtype: str) -> paddle.Tensor:
             ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + size - start), ctypes.c_int(mmap.MADV_HUGEPAGE)
         )
     return tensor
+
+
+def host_view(tensor: paddle.Tensor) -> np.ndarray:
+    """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
+    numpy_dtypes: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8}
+    numpy_dtype = numpy_dtypes[str(tensor.dtype).removeprefix("paddle.")]
+    memory = (ctypes.c_char * (tensor.size * np.dtype(numpy_dtype).itemsize)).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, numpy_dtype).reshape(tensor.shape)

@@ -6,6 +6,8 @@ Shapes: T packed tokens, B sequences, S sampled rows, H hidden, I this rank's sh
 Hq / Hkv this rank's query / key-value heads, D head size, V vocabulary.
 """
 
+import math
+
 import paddle
 from paddle import nn
 
@@ -14,9 +16,10 @@ from ops.collective import all_gather, all_reduce
 from ops.linear import linear, weight_only_linear
 from ops.moe import fused_moe
 from ops.norm import add_rms_norm, rms_norm
+from ops.quantize import INT8_ZERO, gate_up_shape, packed_shape
 from ops.sampling import sample
 from predict.model.config import ConfigError, MixtralConfig
-from predict.model.memory import empty
+from predict.model.memory import empty, host_view
 
 QUANT_TYPES = ("weight_only_int8",)
 
@@ -28,7 +31,10 @@ class Linear(nn.Layer):
         super().__init__()
         self.out_dtype = out_dtype
         self.quantised = quant_type is not None
-        _add_weight(self, "weight", [out_features, in_features], dtype, quant_type)
+        if self.quantised:
+            _add_int8(self, "weight", packed_shape(out_features, in_features), [out_features, in_features])
+        else:
+            _add_buffer(self, "weight", [out_features, in_features], dtype)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if self.quantised:
@@ -51,9 +57,14 @@ class DecoderLayer(nn.Layer):
         self.o_proj = Linear(hidden, self.num_heads * head_dim, dtype, quant_type, "float32")
         _add_buffer(self, "post_attention_layernorm", [hidden], "float32")
         _add_buffer(self, "gate", [experts, hidden], "float32")
-        _add_weight(self, "w13", [experts, 2 * intermediate, hidden], dtype, quant_type)
-        _add_weight(self, "w2", [experts, hidden, intermediate], dtype, quant_type)
+        w13, w2 = [experts, 2 * intermediate, hidden], [experts, hidden, intermediate]
         self.quantised = quant_type is not None
+        if self.quantised:
+            _add_int8(self, "w13", [experts, *gate_up_shape(intermediate, hidden)], w13)
+            _add_int8(self, "w2", [experts, *packed_shape(hidden, intermediate)], w2)
+        else:
+            _add_buffer(self, "w13", w13, dtype)
+            _add_buffer(self, "w2", w2, dtype)
 
     def forward(self, residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables):
         """residual [T, H] and what the layer before leaves to be added to it -> the same two after this layer."""
@@ -166,8 +177,9 @@ def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> Non
     layer.register_buffer(name, empty(shape, dtype))
 
 
-def _add_weight(layer: nn.Layer, name: str, shape: list[int], dtype: str, quant_type: str | None) -> None:
-    """``name`` in the activation dtype, or int8 with ``name``_scale, one float32 per output row."""
-    _add_buffer(layer, name, shape, dtype if quant_type is None else "int8")
-    if quant_type is not None:
-        _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")
+def _add_int8(layer: nn.Layer, name: str, packed: list[int], shape: list[int]) -> None:
+    """``name``, weights of ``shape`` packed, and ``name``_scale, one float32 per output row."""
+    _add_buffer(layer, name, packed, "uint8")
+    if math.prod(packed) != math.prod(shape):
+        host_view(getattr(layer, name))[...] = INT8_ZERO
+    _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")

@@ -3,11 +3,10 @@
 Peak host memory is the rank's own weights plus one tensor of the checkpoint.
 """
 
-import ctypes
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import paddle
@@ -15,9 +14,10 @@ import paddle
 # By name: NumPy imports its random numbers when they are first used, and an interrupt inside that import is lost.
 from numpy.random import SFC64, Generator
 
-from ops.quantize import quantize_int8_into
+from ops.quantize import INT8_ZERO, pack_int8_into, quantize_int8_into
 from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import ConfigError, MixtralConfig, positive
+from predict.model.memory import host_view
 from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.progress import progress
 
@@ -143,14 +143,6 @@ def load(
     return model
 
 
-def host_view(tensor: paddle.Tensor) -> np.ndarray:
-    """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
-    numpy_dtypes: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}
-    numpy_dtype = numpy_dtypes[str(tensor.dtype).removeprefix("paddle.")]
-    memory = (ctypes.c_char * (tensor.size * np.dtype(numpy_dtype).itemsize)).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, numpy_dtype).reshape(tensor.shape)
-
-
 def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
     """Element type ``dtype`` to ``to`` ("float32" or "bfloat16", rounded to nearest even), bfloat16 as uint16."""
     if dtype == to:
@@ -187,8 +179,8 @@ class _Loader:
                 self._plain(layer.gate, f"{name}.block_sparse_moe.gate.weight")
                 for e in range(config.num_local_experts):
                     expert = f"{name}.block_sparse_moe.experts.{e}"
-                    up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e)
-                    self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e)
+                    up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e, half=0)
+                    self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e, half=1)
                     self._columns(layer, "w2", f"{expert}.w2.weight", expert=e)
             self._plain(model.norm, "model.norm.weight")
             head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -204,20 +196,29 @@ class _Loader:
         array, dtype = self._read(name)
         host_view(target)[...] = convert(array, dtype, str(target.dtype).removeprefix("paddle."))
 
-    def _rows(self, layer: paddle.nn.Layer, weight: str, name: str, at: int = 0, expert: int | None = None) -> int:
-        """This rank's share of the output rows, to row ``at`` on; returns how many."""
+    def _rows(
+        self,
+        layer: paddle.nn.Layer,
+        weight: str,
+        name: str,
+        at: int = 0,
+        expert: int | None = None,
+        half: int | None = None,
+    ) -> int:
+        """This rank's share of the output rows, to row ``at`` on; returns how many. ``half``: see pack_int8_into."""
         array, dtype = self._read(name)
         share = array.shape[0] // self.world_size
-        self._fill(layer, weight, name, array[self.rank * share :][:share], dtype, at, expert)
+        self._fill(layer, weight, name, array[self.rank * share :][:share], dtype, at, expert, half)
         return share
 
-    def _fill(self, layer, weight: str, name: str, rows: np.ndarray, dtype: str, at: int, expert: int | None) -> None:
-        target = _part(host_view(getattr(layer, weight)), expert)[at : at + len(rows)]
+    def _fill(self, layer, weight: str, name: str, rows: np.ndarray, dtype: str, at=0, expert=None, half=None) -> None:
+        """``rows`` to row ``at`` on of the layer's weight, or of one expert of it."""
+        target = _part(host_view(getattr(layer, weight)), expert)
         if self.model.quant_type is None:
-            target[...] = convert(rows, dtype, self.model.dtype)
+            target[at : at + len(rows)] = convert(rows, dtype, self.model.dtype)
         else:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
-            _quantize(name, rows, target, scale, dtype)
+            pack_int8_into(_quantised(name, rows, scale, dtype), target, at if half is None else 0, half)
 
     def _columns(self, layer: paddle.nn.Layer, weight: str, name: str, expert: int | None = None) -> None:
         """This rank's share of the input columns; the scale of a row is that of the whole row."""
@@ -227,31 +228,31 @@ class _Loader:
         target = _part(host_view(getattr(layer, weight)), expert)
         if self.model.quant_type is None:
             target[...] = convert(array[:, mine], dtype, self.model.dtype)
-            return
-        scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
-        if self.world_size == 1:
-            _quantize(name, array, target, scale, dtype)
         else:
-            whole = np.empty(array.shape, np.int8)
-            _quantize(name, array, whole, scale, dtype)
-            target[...] = whole[:, mine]
+            scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
+            pack_int8_into(_quantised(name, array, scale, dtype)[:, mine], target)
 
     def _vocabulary(self, name: str) -> None:
         """This rank's rows of lm_head, zero past the vocabulary."""
         array, dtype = self._read(name)
         share = padded_vocab_share(self.config, self.world_size)
         rows = array[self.rank * share :][:share]
-        self._fill(self.model.lm_head, "weight", name, rows, dtype, 0, None)
-        host_view(self.model.lm_head.weight)[len(rows) :] = 0
+        head = self.model.lm_head
+        if len(rows) < share:
+            host_view(head.weight)[...] = 0 if self.model.quant_type is None else INT8_ZERO
+        self._fill(head, "weight", name, rows, dtype)
         if self.model.quant_type is not None:
-            host_view(self.model.lm_head.weight_scale)[len(rows) :] = 1
+            host_view(head.weight_scale)[len(rows) :] = 1
 
 
-def _quantize(name: str, weight: np.ndarray, q: np.ndarray, scale: np.ndarray, dtype: str) -> None:
+def _quantised(name: str, weight: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    """``weight`` in int8; its scales go to ``scale``."""
+    q = np.empty(weight.shape, np.int8)
     try:
         quantize_int8_into(weight, q, scale, dtype)
     except ValueError as error:
         raise CheckpointError(f"tensor {name} cannot be quantised: {error}") from error
+    return q
 
 
 def _part(view: np.ndarray, expert: int | None) -> np.ndarray:

@@ -14,6 +14,7 @@ from export import export_model as exporter
 from export.export_model import export_model
 from export.program import save_program
 from ops.library import ABI_VERSION
+from ops.quantize import gate_up_shape
 from predict.artifact import Artifact, ArtifactError
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
@@ -50,7 +51,7 @@ def test_the_manifest_says_all_there_is_to_say(exported, demo):
         "ops_abi_version": ABI_VERSION,
         "dtype": "bfloat16",
         "quant_type": "weight_only_int8",
-        "weight_layout": "row_major",
+        "weight_layout": "tile32x64",
         "world_size": 1,
         "block_size": 64,
     }
@@ -64,7 +65,7 @@ def test_the_manifest_says_all_there_is_to_say(exported, demo):
     assert Artifact.open(folder).config == config
 
 
-def test_quantised_weights_are_saved_as_int8(exported, demo):
+def test_quantised_weights_are_saved_packed(exported, demo):
     """One byte for a quantised weight, two for one of the embedding, four for a scale, a router weight and a norm."""
     config = MixtralConfig.read(demo / "config.json")
     hidden, experts, inner = config.hidden_size, config.num_local_experts, config.intermediate_size
@@ -76,7 +77,10 @@ def test_quantised_weights_are_saved_as_int8(exported, demo):
     path = exported(*INT8) / "rank_0" / "model.safetensors"
     header = read_header(path)
     assert path.stat().st_size == min(entry.offset for entry in header.values()) + expected
-    assert (header["layers.0.w13"].dtype, header["layers.0.w13"].shape) == ("I8", (experts, 2 * inner, hidden))
+    assert (header["layers.0.w13"].dtype, header["layers.0.w13"].shape) == (
+        "U8",
+        (experts, *gate_up_shape(inner, hidden)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_quantised_weights_are_saved_as_int8(exported, demo):
         ({"format_version": 1}, "exported with format_version 1, this version needs 2; export it again"),
         ({"format_version": ...}, "exported with format_version None"),
         ({"ops_abi_version": 99}, f"exported with ops_abi_version 99, this version needs {ABI_VERSION}"),
-        ({"weight_layout": "amx16x64"}, "exported with weight_layout 'amx16x64', this version needs 'row_major'"),
+        ({"weight_layout": "amx16x64"}, "exported with weight_layout 'amx16x64', this version needs 'tile32x64'"),
         ({"paddle_version": "2.6.1"}, f"exported with Paddle 2.6.1, this is {paddle.__version__}; export it again"),
         ({"paddle_version": 3}, "exported with Paddle 3,"),
         ({"dtype": "int4"}, "damaged manifest (dtype is 'int4', needs one of"),
@@ -162,7 +166,7 @@ def test_weights_of_another_export_are_refused(copy, exported):
     files = json.loads((copy / "manifest.json").read_text())["files"]
     files["rank_0/model.safetensors"]["bytes"] = other.stat().st_size
     edit(copy, files=files)
-    with pytest.raises(ArtifactError, match=r"holds BF16 .*, the program beside it needs I8 .*; export it again"):
+    with pytest.raises(ArtifactError, match=r"holds BF16 .*, the program beside it needs U8 .*; export it again"):
         LLM(copy)
 
 

@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 # What /proc/cpuinfo calls the least that each needs; every x86-64 has the baseline.
-NEEDED = {"baseline": "", "avx2": " avx2 ", "avx512": " avx512vl "}
+NEEDED = {
+    "baseline": "",
+    "avx2": " avx2 ",
+    "avx512": " avx512vl ",
+    "avx512_vnni": " avx512_vnni ",
+    "amx": " amx_int8 ",
+}
 
 
 def available() -> list[str]:

@@ -1,4 +1,4 @@
-"""ops.linear against the reference in float64, over odd sizes and every pair of types; its bits against themselves."""
+"""ops.linear against the reference, over odd sizes and every pair of types; its bits against themselves."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import pytest
 
 from ops import library, reference
 from ops.linear import linear, weight_only_linear
-from ops.quantize import quantize_int8
+from ops.quantize import pack_int8, packed_shape
 from tests.ops.instruction_sets import digests
 
 # K around the 16 lanes of a vector and the 64 bytes of a cache line; T around the panels (6 tokens) and tasks (48).
@@ -56,14 +56,58 @@ def test_linear_is_the_reference(tokens, rows, columns, x_dtype, w_dtype, out_dt
     assert_close(y, x, weight, out_dtype)
 
 
+def int8(weight):
+    """A random weight in int8: packed, its scales, and the integers."""
+    q, scale = reference.quantize_int8(weight)
+    return paddle.to_tensor(pack_int8(q)), paddle.to_tensor(scale), q
+
+
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), SIZES)
 def test_weight_only_linear_is_the_reference(tokens, rows, columns, x_dtype, out_dtype):
     x = tensor(random(tokens, columns, seed=tokens), x_dtype)
-    q, scale = quantize_int8(tensor(random(rows, columns, seed=rows), "float32"))
-    y = weight_only_linear(x, q, scale, out_dtype)
-    assert_close(y, x, reference.dequantize_int8(q.numpy(), scale.numpy().astype(np.float64)), out_dtype)
+    packed, scale, q = int8(random(rows, columns, seed=rows))
+    y = weight_only_linear(x, packed, scale, out_dtype)
+    expected = reference.weight_only_linear(x.astype("float32").numpy(), q, scale.numpy())
+    np.testing.assert_array_equal(y.astype("float32").numpy(), tensor(expected, out_dtype).astype("float32").numpy())
+
+
+def test_the_longest_and_largest_sums_are_exact():
+    x, q = np.full([7, 65536], 3.0, np.float32), np.full([40, 65536], 127, np.int8)
+    x[1], q[1:20] = -3.0, -127
+    scale = np.ones(40, np.float32)
+    y = weight_only_linear(tensor(x, "float32"), paddle.to_tensor(pack_int8(q)), paddle.to_tensor(scale), "float32")
+    np.testing.assert_array_equal(y.numpy(), reference.weight_only_linear(x, q, scale))
+
+
+@pytest.mark.parametrize("outlier", [1, 30, 1000])
+def test_fixed_point_is_finer_than_bfloat16(outlier):
+    x = random(16, 4096, seed=7)
+    x[:, [5, 77, 1300, 4000]] *= outlier
+    weight = random(64, 4096, seed=8)
+    packed, scale, q = int8(weight)
+    exact = x.astype(np.float64) @ (q * scale.numpy().astype(np.float64)[:, None]).T
+
+    def error(y):
+        return np.linalg.norm(y - exact) / np.linalg.norm(exact)
+
+    fixed = weight_only_linear(tensor(x, "float32"), packed, scale, "float32").numpy()
+    rounded = float64(tensor(x, "bfloat16")) @ (q * scale.numpy().astype(np.float64)[:, None]).T
+    # Half a step of 2^-15 of the largest element, against half of 2^-8 of each element.
+    assert error(fixed) < error(rounded) / 2
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0**-101, np.inf, np.nan])
+def test_rows_without_a_scale(value):
+    x = random(5, 100, seed=9)
+    x[3] = 0
+    x[3, 99] = value
+    packed, scale, _ = int8(random(40, 100, seed=10))
+    y = weight_only_linear(tensor(x, "float32"), packed, scale, "float32").numpy()
+    np.testing.assert_array_equal(y[3], np.full(40, 0 if np.isfinite(value) else np.nan))
+    alone = weight_only_linear(tensor(x[:3], "float32"), packed, scale, "float32").numpy()
+    np.testing.assert_array_equal(y[:3], alone)
 
 
 def test_more_tokens_than_a_block_holds():
@@ -74,11 +118,11 @@ def test_more_tokens_than_a_block_holds():
 @pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "int8"])
 def test_rows_do_not_depend_on_their_batch_or_the_threads(w_dtype):
     x, weight = tensor(random(70, 523, seed=3), "bfloat16"), tensor(random(300, 523, seed=4), "float32")
-    q, scale = quantize_int8(weight)
+    packed, scale, _ = int8(weight.numpy())
 
     def outputs(x):
         if w_dtype == "int8":
-            return weight_only_linear(x, q, scale, "float32").numpy()
+            return weight_only_linear(x, packed, scale, "float32").numpy()
         return linear(x, weight.astype(w_dtype), "float32").numpy()
 
     alone = np.concatenate([outputs(x[t : t + 1]) for t in range(70)])
@@ -93,12 +137,12 @@ def digest() -> str:
     sha = hashlib.sha256()
     for tokens in (1, 2, 3, 5, 14):
         x, weight = tensor(random(tokens, 531, seed=5), "bfloat16"), tensor(random(37, 531, seed=6), "float32")
-        q, scale = quantize_int8(weight)
+        packed, scale, _ = int8(weight.numpy())
         for y in (
             linear(x, weight, "float32"),
             linear(x, weight.astype("bfloat16"), "float32"),
-            weight_only_linear(x, q, scale, "float32"),
-            weight_only_linear(x, q, scale, "bfloat16").astype("float32"),
+            weight_only_linear(x, packed, scale, "float32"),
+            weight_only_linear(x, packed, scale, "bfloat16").astype("float32"),
         ):
             sha.update(y.numpy().tobytes())
     return sha.hexdigest()
@@ -110,13 +154,13 @@ def test_instruction_sets_agree():
 
 
 def test_shape_is_inferred_for_any_number_of_tokens():
-    def both(x, weight, q, scale):
-        return linear(x, weight, "float32"), weight_only_linear(x, q, scale, "bfloat16")
+    def both(x, weight, packed, scale):
+        return linear(x, weight, "float32"), weight_only_linear(x, packed, scale, "bfloat16")
 
     specs = [
         paddle.static.InputSpec([-1, 16], "float32"),
         paddle.static.InputSpec([5, 16], "float32"),
-        paddle.static.InputSpec([7, 16], "int8"),
+        paddle.static.InputSpec(packed_shape(7, 16), "uint8"),
         paddle.static.InputSpec([7], "float32"),
     ]
     traced = paddle.jit.to_static(both, input_spec=specs, full_graph=True)  # keeps the program and so its values alive
@@ -126,6 +170,7 @@ def test_shape_is_inferred_for_any_number_of_tokens():
 
 
 X, WEIGHT = np.zeros([2, 16], np.float32), np.zeros([3, 16], np.float32)
+PACKED = np.zeros(packed_shape(3, 16), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +192,17 @@ def test_linear_refuses(arguments, message):
 @pytest.mark.parametrize(
     ("weight", "scale", "message"),
     [
-        (WEIGHT, np.ones(3, np.float32), "weight_only_linear: weight is float32, needs int8"),
-        (WEIGHT.astype(np.int8), np.ones(2, np.float32), r"scale has shape \[2\], needs \[3\]"),
-        (WEIGHT.astype(np.int8), np.ones(3, np.float64), "scale is another type, needs float32"),
+        (WEIGHT, np.ones(3, np.float32), "weight_only_linear: weight is float32, needs uint8"),
+        (PACKED, np.ones(33, np.float32), r"weight has shape \[1, 1, 2048\], needs \[2, 1, 2048\]"),
+        (PACKED, np.ones(3, np.float64), "scale is another type, needs float32"),
     ],
 )
 def test_weight_only_linear_refuses(weight, scale, message):
     with pytest.raises(ValueError, match=message):
         weight_only_linear(paddle.to_tensor(X), paddle.to_tensor(weight), paddle.to_tensor(scale), "float32")
+
+
+def test_too_many_columns_for_exact_sums_are_refused():
+    x, packed = paddle.zeros([1, 65537]), paddle.zeros(packed_shape(2, 65537), "uint8")
+    with pytest.raises(ValueError, match="weights of int8 have 65537 columns, needs at most 65536"):
+        weight_only_linear(x, packed, paddle.ones([2]), "float32")

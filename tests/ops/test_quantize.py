@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from ops import library, reference
-from ops.quantize import quantize_int8, quantize_int8_into
+from ops.quantize import pack_gate_up, pack_int8, pack_int8_into, packed_shape, quantize_int8, quantize_int8_into
 
 SIZES = [(1, 1), (2, 15), (3, 16), (5, 77), (300, 530)]
 
@@ -108,3 +108,44 @@ WEIGHT, Q, SCALE = np.zeros([4, 6], np.float32), np.zeros([4, 6], np.int8), np.z
 def test_host_refusals(weight, q, scale, dtype, message):
     with pytest.raises(ValueError, match=message):
         quantize_int8_into(weight, q, scale, dtype)
+
+
+def integers(rows, columns):
+    return np.random.default_rng(rows + columns).integers(-127, 128, [rows, columns]).astype(np.int8)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 64), (33, 65), (70, 130), (300, 530)])
+def test_packing_is_the_reference(rows, columns):
+    q = integers(rows, columns)
+    np.testing.assert_array_equal(pack_int8(q), reference.pack_int8(q))
+    np.testing.assert_array_equal(reference.unpack_int8(pack_int8(q), rows, columns), q)
+    q = integers(2 * rows, columns)
+    np.testing.assert_array_equal(pack_gate_up(q), reference.pack_gate_up(q))
+    np.testing.assert_array_equal(reference.unpack_gate_up(pack_gate_up(q), rows, columns), q)
+
+
+def test_packing_runs_of_rows_one_after_another():
+    q, packed = integers(100, 200), np.full(packed_shape(100, 200), 128, np.uint8)
+    for begin, end in ((0, 7), (7, 50), (50, 100)):
+        pack_int8_into(q[begin:end], packed, row=begin)
+    np.testing.assert_array_equal(packed, reference.pack_int8(q))
+    sliced = np.full(packed_shape(100, 90), 128, np.uint8)
+    pack_int8_into(q[:, 50:140], sliced)
+    np.testing.assert_array_equal(sliced, reference.pack_int8(q[:, 50:140]))
+
+
+@pytest.mark.parametrize(
+    ("q", "packed", "options", "message"),
+    [
+        (integers(4, 6).T, pack_int8(integers(6, 4)), {}, "side by side"),
+        (integers(4, 6).astype(np.int16), pack_int8(integers(4, 6)), {}, "q is int16"),
+        (integers(4, 6), pack_int8(integers(4, 70)), {}, r"needs contiguous, writable uint8 \[1, 1, 2048\]"),
+        (integers(4, 6), pack_int8(integers(4, 6)), {"row": 30}, r"uint8 \[2, 1, 2048\] or more"),
+        (integers(17, 6), pack_int8(integers(17, 6)), {"half": 0}, r"uint8 \[2, 1, 2048\] or more"),
+        (integers(4, 6), pack_int8(integers(4, 6)), {"half": 2}, "half is 2"),
+        (integers(4, 6), pack_int8(integers(4, 6)), {"half": 1, "row": 3}, "half is 1 and row is 3"),
+    ],
+)
+def test_packing_refusals(q, packed, options, message):
+    with pytest.raises(ValueError, match=message):
+        pack_int8_into(q, packed, **options)

@@ -27,9 +27,9 @@ def weights() -> dict[str, paddle.Tensor]:
     paddle.seed(0)
     return {
         "layers.0.w13_scale": paddle.randn([7]),
-        "layers.0.w13": paddle.randint(-127, 128, [3, 64, 4096]).astype("int8"),
+        "layers.0.w13": paddle.randint(0, 256, [3, 64, 4096]).astype("uint8"),
         "embed_tokens": paddle.randn([1000, 33]).astype("bfloat16"),
-        "lm_head.weight": paddle.randint(-127, 128, [5, 3]).astype("int8"),
+        "lm_head.weight": paddle.randint(0, 256, [5, 3]).astype("uint8"),
     }
 
 
@@ -90,10 +90,10 @@ def test_anyone_can_read_the_file(path, weights):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers.0.w13": ("int8", (3, 64, 64))}, "holds I8 [3, 64, 4096] for layers.0.w13, the program beside it "),
+        ({"layers.0.w13": ("uint8", (3, 64, 64))}, "holds U8 [3, 64, 4096] for layers.0.w13, the program beside it "),
         ({"embed_tokens": ("float32", (1000, 33))}, "holds BF16 [1000, 33] for embed_tokens, "),
         ({"norm": ("float32", (33,))}, "holds nothing for norm, the program beside it needs F32 [33]"),
-        ({"lm_head.weight": None}, "holds I8 [5, 3] for lm_head.weight, the program beside it needs nothing"),
+        ({"lm_head.weight": None}, "holds U8 [5, 3] for lm_head.weight, the program beside it needs nothing"),
     ],
 )
 def test_weights_of_another_program_are_refused(path, weights, changes, message):
@@ -134,7 +134,7 @@ def kilobytes(field):
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = kilobytes("VmRSS")
-weights = weights_file.read_weights(Path(sys.argv[1]), {f"w{i}": ("int8", (16 << 20,)) for i in range(4)}, show=False)
+weights = weights_file.read_weights(Path(sys.argv[1]), {f"w{i}": ("uint8", (16 << 20,)) for i in range(4)}, show=False)
 print(kilobytes("VmHWM") - before, kilobytes("VmRSS") - before)
 """
 
@@ -142,7 +142,7 @@ print(kilobytes("VmHWM") - before, kilobytes("VmRSS") - before)
 @pytest.mark.parametrize("share", [MAPPED, COPIED])
 def test_loading_takes_the_weights_and_a_tenth(tmp_path, share):
     path = tmp_path / "model.safetensors"
-    write_weights(path, {f"w{i}": paddle.full([16 << 20], i, "int8") for i in range(4)}, show=False)
+    write_weights(path, {f"w{i}": paddle.full([16 << 20], i, "uint8") for i in range(4)}, show=False)
     command = [sys.executable, "-c", MEMORY, path, str(share)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, env=environment)

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ops import reference
 from predict.model.config import ConfigError
+from predict.model.memory import host_view
+from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.model.source import find_model
-from predict.model.weights import host_view, load
+from predict.model.weights import load
 from tests.logits import all_logits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +81,24 @@ def test_shards_are_slices_of_the_whole(demo, quant_type):
     names = [n for n, _ in whole.named_buffers()]
     assert any(n.endswith("weight_scale") for n in names) == (quant_type is not None)
     for name in names:
-        full, *parts = (host_view(dict(m.named_buffers())[name]) for m in (whole, *shards))
+        full, *parts = (matrix(name, host_view(dict(m.named_buffers())[name]), m) for m in (whole, *shards))
         np.testing.assert_array_equal(reassembled(name, parts, source.config), full, err_msg=name)
+
+
+def matrix(name: str, view: np.ndarray, network: Mixtral) -> np.ndarray:
+    """A buffer as [.., rows, columns], whether it is packed or not."""
+    if view.dtype != np.uint8:
+        return view
+    config, ranks = network.config, network.world_size
+    hidden, inner = config.hidden_size, config.intermediate_size // ranks
+    if name.endswith("w13"):
+        return np.stack([reference.unpack_gate_up(expert, inner, hidden) for expert in view])
+    if name.endswith("w2"):
+        return np.stack([reference.unpack_int8(expert, hidden, inner) for expert in view])
+    queries, keys = (h * config.head_dim // ranks for h in (config.num_attention_heads, config.num_key_value_heads))
+    shapes = {"qkv_proj": (queries + 2 * keys, hidden), "o_proj": (hidden, queries)}
+    shapes["lm_head"] = (padded_vocab_share(config, ranks), hidden)
+    return reference.unpack_int8(view, *shapes[name.split(".")[-2]])
 
 
 def reassembled(name: str, parts: list[np.ndarray], config) -> np.ndarray:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../kernels/include/common.h"
+#include "../kernels/include/quantize.h"
 #include "paddle/extension.h"
 
 namespace pm {
@@ -38,6 +39,8 @@ inline const char* dtype_name(paddle::DataType dtype) {
       return "float16";
     case paddle::DataType::INT8:
       return "int8";
+    case paddle::DataType::UINT8:
+      return "uint8";
     case paddle::DataType::INT32:
       return "int32";
     case paddle::DataType::INT64:
@@ -53,7 +56,7 @@ inline pm_dtype abi_dtype(paddle::DataType dtype) {
       return PM_BF16;
     case paddle::DataType::FLOAT16:
       return PM_F16;
-    case paddle::DataType::INT8:
+    case paddle::DataType::UINT8:  // packed int8 weights
       return PM_I8;
     default:
       return PM_F32;
@@ -76,6 +79,16 @@ inline void check_tensor(const char* op, const char* name, const paddle::Tensor&
   bool fits = found.size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == found[i];
   if (!fits) fail(op, name, " has shape ", shape_text(found), ", needs ", shape_text(shape), " (-1: any size)");
+}
+
+// The shape of N rows of K int8 weights in the layout of kernels/include/quantize.h.
+inline std::vector<int64_t> packed_shape(int64_t N, int64_t K) {
+  constexpr int64_t kRows = PM_INT8_TILE_ROWS, kColumns = PM_INT8_TILE_COLUMNS;
+  return {(N + kRows - 1) / kRows, (K + kColumns - 1) / kColumns, kRows * kColumns};
+}
+inline void check_packed_columns(const char* op, int64_t K) {
+  if (K > PM_INT8_LARGEST_K)
+    fail(op, "weights of int8 have ", K, " columns, needs at most ", PM_INT8_LARGEST_K, ": their sums are held in 32 bits");
 }
 
 inline void check_status(const char* op, int status) {

@@ -9,6 +9,16 @@ using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
+// Of an expert's rows of w1 above those of w3.
+int64_t half_of(const char* op, const char* name, int64_t rows) {
+  if (rows % 2 != 0) pm::fail(op, name, " has ", rows, " rows an expert, needs an even number (w1 above w3)");
+  return rows / 2;
+}
+Shape experts(int64_t E, Shape one) {
+  one.insert(one.begin(), E);
+  return one;
+}
+
 std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor& w13, const Tensor& w2,
                               const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale,
                               int top_k) {
@@ -17,18 +27,24 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
   const int64_t T = x.shape()[0], H = x.shape()[1];
   pm::check_tensor(op, "gate", gate, {DataType::FLOAT32}, {-1, H});
   const int64_t E = gate.shape()[0];
-  pm::check_tensor(op, "w13", w13, {DataType::FLOAT32, DataType::BFLOAT16, DataType::INT8}, {E, -1, H});
-  if (w13.shape()[1] % 2 != 0)
-    pm::fail(op, "w13 has ", w13.shape()[1], " rows an expert, needs an even number (w1 above w3)");
-  const int64_t I = w13.shape()[1] / 2;
-  pm::check_tensor(op, "w2", w2, {w13.dtype()}, {E, H, I});
-  const bool quantised = w13.dtype() == DataType::INT8;
+  const bool quantised = w13.dtype() == DataType::UINT8;
   if (quantised != static_cast<bool>(w13_scale) || quantised != static_cast<bool>(w2_scale))
     pm::fail(op, "w13 and w2 are ", pm::dtype_name(w13.dtype()), ", w13_scale is ", w13_scale ? "given" : "None",
-             " and w2_scale is ", w2_scale ? "given" : "None", ": both are needed for int8 weights, neither for others");
+             " and w2_scale is ", w2_scale ? "given" : "None",
+             ": both are needed for packed int8 weights (uint8), neither for others");
+  int64_t I;
   if (quantised) {
-    pm::check_tensor(op, "w13_scale", *w13_scale, {DataType::FLOAT32}, {E, 2 * I});
+    pm::check_tensor(op, "w13_scale", *w13_scale, {DataType::FLOAT32}, {E, -1});
+    I = half_of(op, "w13_scale", w13_scale->shape()[1]);
     pm::check_tensor(op, "w2_scale", *w2_scale, {DataType::FLOAT32}, {E, H});
+    // Half a tile of gate rows and half a tile of up rows.
+    pm::check_tensor(op, "w13", w13, {DataType::UINT8}, experts(E, pm::packed_shape((I + 15) / 16 * PM_INT8_TILE_ROWS, H)));
+    pm::check_tensor(op, "w2", w2, {DataType::UINT8}, experts(E, pm::packed_shape(H, I)));
+    pm::check_packed_columns(op, H > I ? H : I);
+  } else {
+    pm::check_tensor(op, "w13", w13, {DataType::FLOAT32, DataType::BFLOAT16}, {E, -1, H});
+    I = half_of(op, "w13", w13.shape()[1]);
+    pm::check_tensor(op, "w2", w2, {w13.dtype()}, {E, H, I});
   }
   if (T < 1 || H < 1 || I < 1 || E < 1)
     pm::fail(op, "needs T, H, I and E >= 1, found T = ", T, ", H = ", H, ", I = ", I, ", E = ", E);

@@ -1,7 +1,7 @@
 // One C entry point for the variants of a kernel: PM_EXPORT(name, (parameters), (arguments)) at the end of a family's file
 // defines `int pm_cpu_name(parameters)`, which calls pm::avx512::name, pm::avx2::name or pm::baseline::name, whichever
-// pm_cpu_isa() says, and counts its calls and time. Every variant's object defines its own; the baseline's object alone
-// holds the entry point.
+// pm_cpu_isa() says, and counts its calls and time. avx512_vnni and amx are avx512 with a faster unit for int8, which its
+// kernels choose. Every variant's object defines its own; the baseline's object alone holds the entry point.
 #ifndef PADDLE_MIXTRAL_DISPATCH_H_
 #define PADDLE_MIXTRAL_DISPATCH_H_
 
@@ -10,7 +10,7 @@
 #include "vec.h"
 
 namespace pm {
-enum class Isa { unknown, baseline, avx2, avx512 };
+enum class Isa { unknown, baseline, avx2, avx512, avx512_vnni, amx };
 Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could not be obeyed (loading refuses that first)
 }  // namespace pm
 
@@ -28,6 +28,8 @@ Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could n
   extern "C" int pm_cpu_##name parameters {      \
     const pm::TimedCall timed(pm_clock_##name);  \
     switch (pm::isa()) {                         \
+      case pm::Isa::amx:                         \
+      case pm::Isa::avx512_vnni:                 \
       case pm::Isa::avx512:                      \
         return pm::avx512::name arguments;       \
       case pm::Isa::avx2:                        \

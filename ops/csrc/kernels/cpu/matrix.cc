@@ -2,10 +2,8 @@
 #include "../include/matrix.h"
 
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include "dispatch.h"
+#include "tiles.h"
 
 namespace pm {
 namespace PM_ISA {
@@ -60,18 +58,8 @@ void run_avx512_vnni(int64_t rounds, State& state) {
   });
 }
 
-// What _tile_loadconfig reads: eight tiles of 16 rows of 64 bytes.
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "_tile_loadconfig reads 64 bytes");
-
-__attribute__((target("amx-tile"))) void load_tiles(const State& state) {
-  const TileConfig config;
-  asm volatile("" ::"r"(&config) : "memory");  // gcc 12 knows of 8 bytes that are read, and drops the others' stores
-  _tile_loadconfig(&config);
+PM_TILES_TARGET void load_tiles(const State& state) {
+  configure_tiles(16);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -82,7 +70,7 @@ __attribute__((target("amx-tile"))) void load_tiles(const State& state) {
   _tile_loadd(7, state.bytes + kTileBytes, 64);
 }
 
-__attribute__((target("amx-tile"))) void store_tiles(State& state) {
+PM_TILES_TARGET void store_tiles(State& state) {
   _tile_stored(0, state.bytes, 64);
   _tile_stored(3, state.bytes + kTileBytes, 64);
   _tile_release();
@@ -99,7 +87,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void run_amx_bf16(int64_t rounds, S
   store_tiles(state);
 }
 
-__attribute__((target("amx-tile,amx-int8"))) void run_amx_int8(int64_t rounds, State& state) {
+PM_TILES_TARGET void run_amx_int8(int64_t rounds, State& state) {
   load_tiles(state);
   for (int64_t round = 0; round < rounds; ++round) {
     _tile_dpbssd(0, 4, 6);
@@ -164,30 +152,20 @@ int run_matrix_unit(int number, int64_t rounds, int64_t* operations, void*) {
 PM_EXPORT(run_matrix_unit, (int unit, int64_t rounds, int64_t* operations, void* stream), (unit, rounds, operations, stream))
 
 #ifdef PM_ISA_IS_BASELINE
-namespace {
-
-// Linux lends the tile registers on request, once a process.
-bool may_use_tiles() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-}
-
-}  // namespace
-
 extern "C" int pm_cpu_has_matrix_unit(int unit) {
   __builtin_cpu_init();
-  if (unit == PM_UNIT_FLOAT32) return 1;
-  if (pm::isa() != pm::Isa::avx512) return 0;
+  const pm::Isa isa = pm::isa();
   switch (unit) {
+    case PM_UNIT_FLOAT32:
+      return 1;
     case PM_UNIT_AVX512_BF16:
-      return __builtin_cpu_supports("avx512bf16") != 0;
+      return isa >= pm::Isa::avx512 && __builtin_cpu_supports("avx512bf16");
     case PM_UNIT_AVX512_VNNI:
-      return __builtin_cpu_supports("avx512vnni") != 0;
+      return isa >= pm::Isa::avx512_vnni;
     case PM_UNIT_AMX_BF16:
-      return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && may_use_tiles();
+      return isa == pm::Isa::amx && __builtin_cpu_supports("amx-bf16");
     case PM_UNIT_AMX_INT8:
-      return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-tile") && may_use_tiles();
+      return isa == pm::Isa::amx;
     default:
       return 0;
   }

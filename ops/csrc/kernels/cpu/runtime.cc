@@ -1,7 +1,10 @@
 // Threads and the choice of the instruction set. Compiled once, for baseline x86-64.
+#include <cpuid.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "dispatch.h"
 
@@ -20,14 +23,36 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+// Linux gives a process the tile registers when it asks for them.
+bool has_amx() {
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kNeeded = kAmxTile | kAmxInt8;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM
+  unsigned eax, ebx, ecx, edx;
+  return has_vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kNeeded) == kNeeded &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+struct Variant {
+  const char* name;
+  pm::Isa isa;
+  bool (*available)();
+};
+// From the best down.
+const Variant kVariants[] = {
+    {"amx", pm::Isa::amx, has_amx},
+    {"avx512_vnni", pm::Isa::avx512_vnni, has_vnni},
+    {"avx512", pm::Isa::avx512, has_avx512},
+    {"avx2", pm::Isa::avx2, has_avx2},
+    {"baseline", pm::Isa::baseline, [] { return true; }},
+};
+
 pm::Isa choose_isa() {
   __builtin_cpu_init();
   const char* asked = getenv("PADDLE_MIXTRAL_ISA");
-  if (asked == nullptr || *asked == 0)
-    return has_avx512() ? pm::Isa::avx512 : has_avx2() ? pm::Isa::avx2 : pm::Isa::baseline;
-  if (strcmp(asked, "avx512") == 0 && has_avx512()) return pm::Isa::avx512;
-  if (strcmp(asked, "avx2") == 0 && has_avx2()) return pm::Isa::avx2;
-  if (strcmp(asked, "baseline") == 0) return pm::Isa::baseline;
+  const bool any = asked == nullptr || *asked == 0;
+  for (const Variant& variant : kVariants)
+    if ((any || strcmp(asked, variant.name) == 0) && variant.available()) return variant.isa;
   return pm::Isa::unknown;
 }
 
@@ -47,16 +72,9 @@ void pm_set_num_threads(int n) { g_num_threads = n; }
 int pm_num_threads(void) { return g_num_threads; }
 
 const char* pm_cpu_isa(void) {
-  switch (pm::isa()) {
-    case pm::Isa::avx512:
-      return "avx512";
-    case pm::Isa::avx2:
-      return "avx2";
-    case pm::Isa::baseline:
-      return "baseline";
-    default:
-      return nullptr;
-  }
+  for (const Variant& variant : kVariants)
+    if (variant.isa == pm::isa()) return variant.name;
+  return nullptr;
 }
 
 }  // extern "C"

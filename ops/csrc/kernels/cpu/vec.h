@@ -63,6 +63,8 @@ static inline F32x16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 static inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+// The nearest integers, halves to even.
+static inline void store_rounded(int32_t* p, F32x16 a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
 static inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -107,6 +109,10 @@ static inline F32x16 load(const int8_t* p) {
 static inline void store(float* p, F32x16 a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
+}
+static inline void store_rounded(int32_t* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.lo));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_cvtps_epi32(a.hi));
 }
 static inline F32x16 add(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 static inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -157,6 +163,7 @@ static inline F32x16 load(const T* p) {
   return r;
 }
 static inline void store(float* p, F32x16 a) { memcpy(p, a.v, sizeof a.v); }
+static inline void store_rounded(int32_t* p, F32x16 a) { PM_LANES p[i] = static_cast<int32_t>(nearbyintf(a.v[i])); }
 #define PM_LANEWISE(name, expression)             \
   static inline F32x16 name(F32x16 a, F32x16 b) { \
     F32x16 r;                                     \

@@ -15,7 +15,12 @@ extern "C" {
 // Raised whenever an operator's inputs, outputs, attributes or meaning change. Exported programs record it.
 #define PM_OPS_ABI_VERSION 1
 
-typedef enum { PM_F32 = 0, PM_BF16 = 1, PM_F16 = 2, PM_I8 = 3 } pm_dtype;
+typedef enum {
+  PM_F32 = 0,
+  PM_BF16 = 1,
+  PM_F16 = 2,
+  PM_I8 = 3,  // of a weight: packed as quantize.h says
+} pm_dtype;
 
 typedef enum {
   PM_OK = 0,
@@ -32,7 +37,7 @@ int pm_ops_abi_version(void);
 void pm_set_num_threads(int n);
 int pm_num_threads(void);
 
-// "avx512", "avx2" or "baseline": the best this processor has, or what PADDLE_MIXTRAL_ISA asks for.
+// "amx", "avx512_vnni", "avx512", "avx2" or "baseline": the best this processor has, or what PADDLE_MIXTRAL_ISA asks for.
 // NULL when PADDLE_MIXTRAL_ISA names something this processor or this build does not have.
 const char* pm_cpu_isa(void);
 

@@ -6,7 +6,7 @@
 //             avx512_bf16  vdpbf16ps: bfloat16 pairs into float32
 //             avx512_vnni  vpdpbusd: bytes, by fours, into int32
 //             amx_bf16, amx_int8  tiles 16 x 32 bfloat16 (16 x 64 bytes) into 16 x 16
-//             All but float32 belong to the avx512 kernels: where others are in use, they count as absent.
+//             An instruction set in use (pm_cpu_isa) has those up to its own: avx512 has no avx512_vnni, say.
 #ifndef PADDLE_MIXTRAL_MATRIX_H_
 #define PADDLE_MIXTRAL_MATRIX_H_
 
