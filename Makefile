@@ -1,6 +1,7 @@
 # make demo   dynamic -> export -> static on the demo checkpoint; shows that the tokens agree
 # make test   the whole suite
 # make lint   ruff, mypy, clang-format
+# make bench-peers   this and other engines side by side; PEERS holds flags (tests/benchmarks/peers/README.md)
 # Each makes the virtual environment $(VENV) first where it is missing. PYTHON chooses the interpreter.
 
 VENV ?= .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/ready
 SOURCES := $(wildcard ops/csrc/*/*.cc ops/csrc/*/*.h ops/csrc/kernels/*/*.cc ops/csrc/kernels/*/*.h)
 DEMO := build/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench-peers setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -46,6 +47,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+bench-peers: $(READY)
+	$(BIN)/python -m tests.benchmarks.peers $(PEERS)
 
 clean:
 	rm -rf build log .venv ops/*.so *.egg-info

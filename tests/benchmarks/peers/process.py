@@ -1,0 +1,73 @@
+"""One child process at a time: its output in a log, a time limit, and a reason where it fails."""
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+RUNNERS = "tests.benchmarks.peers.runners"
+
+
+class ProcessFailed(RuntimeError):
+    """A child that failed; the message is its reason: the last line it printed."""
+
+
+def run(command: list[str], log: Path, timeout_s: float, environment: dict[str, str] | None = None) -> None:
+    """Runs ``command`` in the repository's root to its end, its output appended to ``log``.
+
+    Raises:
+        ProcessFailed: it ended with another status than 0, or was ended after ``timeout_s``, with all it had started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("a") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
+        )
+        try:
+            status = child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ProcessFailed(f"not done within {timeout_s:.0f} s (see {_short(log)})") from None
+        finally:
+            _end(child)
+    if status:
+        ended = f"ended by {signal.Signals(-status).name}: " if status < 0 else ""
+        with log.open("rb") as output:
+            output.seek(begin)
+            raise ProcessFailed(f"{ended}{last_line(output.read().decode(errors='replace'))} (see {_short(log)})")
+
+
+def last_line(text: str) -> str:
+    """The last line of ``text`` with something on it: the reason that a program usually ends with."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _short(log: Path) -> Path:
+    return log.relative_to(ROOT) if log.is_relative_to(ROOT) else log
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends what is left of the child and of the processes it started, so that nothing runs beside the next peer."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def offline(threads: int) -> dict[str, str]:
+    """Environment variables every peer gets: its threads, and no look at any hub."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
