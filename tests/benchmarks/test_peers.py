@@ -1,8 +1,10 @@
 """The peers' harness with a fake engine: what is asked and answered, what a rate is, turns, medians, reasons."""
 
+import fcntl
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,24 @@ def test_a_process_that_fails_gives_its_reason(tmp_path, code, reason):
     with pytest.raises(process.ProcessFailed) as failure:
         process.run([sys.executable, "-c", code], tmp_path / "log", 1.0 if "pause" in code else 60.0)
     assert str(failure.value).startswith(reason)
+
+
+def test_nothing_that_a_process_started_outlives_it(tmp_path):
+    held = (tmp_path / "held").open("w")
+    # The child's child holds a lock for 30 s, which only its end gives back sooner; its parent waits for it.
+    inner = (
+        "import fcntl, signal, sys; fcntl.flock(1, fcntl.LOCK_EX); print(flush=True); signal.alarm(30); signal.pause()"
+    )
+    code = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {inner!r}], stdout=open({held.name!r}, 'w'))\n"
+        "child.wait()"
+    )
+    started = time.monotonic()
+    with pytest.raises(process.ProcessFailed, match="not done within 2 s"):
+        process.run([sys.executable, "-c", code], tmp_path / "log", 2.0)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert time.monotonic() - started < 20
 
 
 def engine_at(clock: list[float], seconds: list[float], given: list[int]):
@@ -147,7 +167,7 @@ def test_the_page_has_medians_spread_shares_ratios_and_reasons():
     assert "| paddle-mixtral int8 | 20.0 [10.0 - 30.0] | 69% | 2.0 [2.0 - 2.0] | 3.0 |" in text
     assert "| vLLM CPU bf16 | 10.0 [5.0 - 20.0] | 74% |" in text
     assert "| OpenVINO GenAI int8 | did not run: no room \\| no export |" in text
-    assert "| paddle-mixtral int8 is faster by | decode b1 p5 |\n|---|---|\n| vLLM CPU bf16 | 2.00x |" in text
+    assert "| paddle-mixtral int8, times as fast as | decode b1 p5 |\n|---|---|\n| vLLM CPU bf16 | 2.00x |" in text
     assert "not a quiet machine" not in text
     found = json.loads(json.dumps(table.figures(results, entries, (DECODE,), read, {"date": "today"})))
     assert found["engines"]["vllm"]["tokens_per_s"][DECODE.name] == {"median": 10.0, "min": 5.0, "max": 20.0}

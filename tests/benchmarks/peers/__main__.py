@@ -2,21 +2,18 @@
 
 import argparse
 import json
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from predict import startup
-
-startup.begin()  # before Paddle is imported: Ctrl-C ends this at once
-
-from tests.benchmarks.peers import environments, process  # noqa: E402
-from tests.benchmarks.peers.checkpoint import SIZES, make_checkpoint, sized_config  # noqa: E402
-from tests.benchmarks.peers.entries import CHECKPOINT, ENTRIES, Entry, active_bytes, convert, is_ready  # noqa: E402
-from tests.benchmarks.peers.machine import Machine  # noqa: E402
-from tests.benchmarks.peers.protocol import Answer, Case, Request, write  # noqa: E402
-from tests.benchmarks.peers.rounds import Results, Run, interleave  # noqa: E402
-from tests.benchmarks.peers.table import figures, page  # noqa: E402
+from tests.benchmarks.peers import environments, process
+from tests.benchmarks.peers.checkpoint import SIZES, make_checkpoint, sized_config
+from tests.benchmarks.peers.entries import CHECKPOINT, ENTRIES, Entry, active_bytes, convert, is_ready
+from tests.benchmarks.peers.machine import Machine
+from tests.benchmarks.peers.protocol import Answer, Case, Request, write
+from tests.benchmarks.peers.rounds import Results, Run, interleave
+from tests.benchmarks.peers.table import figures, page
 
 FOLDER = process.ROOT / "build" / "peers"
 STEPS = 16
@@ -31,8 +28,17 @@ CASES = (
 
 
 def main() -> int:
-    """Exit status 0 where every engine asked for has run in every round, 1 where one has not."""
+    """Exit status 0 where every engine asked for has run in every round, 1 where one has not, 130 after Ctrl-C."""
     args = _parser().parse_args()
+    # Engines are in sessions of their own, which no signal to this one reaches: they are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return _compare(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _compare(args: argparse.Namespace) -> int:
     entries = [ENTRIES[key] for key in args.peers]
     results = Results()
     models = FOLDER / "models" / args.size

@@ -96,7 +96,7 @@ def _speeds(results: Results, entries: list[Entry], cases: tuple[Case, ...], act
 
 
 def _ratios(results: Results, ours: Entry, entries: list[Entry], cases: tuple[Case, ...]) -> str:
-    rows = [[f"{ours.title} is faster by", *(case.name for case in cases)]]
+    rows = [[f"{ours.title}, times as fast as", *(case.name for case in cases)]]
     for entry in entries:
         if entry is not ours and results.of(entry.key):
             ratios = [results.ratios(ours.key, entry.key, case.name) for case in cases]
