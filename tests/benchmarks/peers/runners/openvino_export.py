@@ -11,7 +11,7 @@ from pathlib import Path
 def main() -> None:
     folder, target, weight_format = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     partial = target.with_name(target.name + ".partial")
-    export = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", folder]
+    export = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", folder]
     # Only ids go in and come out: there is no tokenizer to convert.
     export += ["--task", "text-generation-with-past", "--disable-convert-tokenizer", "--weight-format", weight_format]
     status = subprocess.run([*export, str(partial)]).returncode
