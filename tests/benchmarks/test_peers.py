@@ -63,6 +63,11 @@ def test_a_request_reads_back_as_it_was_written(tmp_path):
     ("code", "reason"),
     [
         ("print('first'); print('the cause'); print(); raise SystemExit(3)", "the cause (see "),
+        (
+            "print('ERROR: no wheel'); print('note: an error of the package'); raise SystemExit(1)",
+            "ERROR: no wheel (see ",
+        ),
+        ("print('working'); raise ValueError('no memory')", "ValueError: no memory (see "),
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "ended by SIGILL: it printed nothing (see "),
         ("import signal; print('waiting', flush=True); signal.pause()", "not done within 1 s (see "),
     ],

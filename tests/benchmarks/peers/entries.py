@@ -62,26 +62,53 @@ def _llama(weight_format: str) -> Entry:
     )
 
 
+def _ours(weight_format: str, bytes_per_weight: float) -> Entry:
+    return Entry(
+        key=f"ours-{weight_format}",
+        title=f"paddle-mixtral {weight_format}",
+        runner="ours",
+        environment=None,
+        weight_format=weight_format,
+        model=f"ours-{weight_format}",
+        converter="ours_export",
+        bytes_per_weight=bytes_per_weight,
+    )
+
+
 # In the order they run.
 ENTRIES = {
     entry.key: entry
     for entry in (
-        Entry("ours-int8", "paddle-mixtral int8", "ours", None, "int8", "ours-int8", "ours_export", 1.0),
-        Entry("vllm", "vLLM CPU bf16", "vllm_cpu", "vllm", "bf16", bytes_per_weight=2.0),
+        _ours("int8", 1.0),
+        Entry(
+            key="vllm",
+            title="vLLM CPU bf16",
+            runner="vllm_cpu",
+            environment="vllm",
+            weight_format="bf16",
+            bytes_per_weight=2.0,
+        ),
         _llama("Q8_0"),
         _llama("Q4_K_M"),
-        Entry("ours-bf16", "paddle-mixtral bf16", "ours", None, "bf16", "ours-bf16", "ours_export", 2.0),
+        _ours("bf16", 2.0),
         Entry(
-            "openvino",
-            "OpenVINO GenAI int8",
-            "openvino_cb",
-            "openvino",
-            "int8",
-            "openvino-int8",
-            "openvino_export",
-            1.0,
+            key="openvino",
+            title="OpenVINO GenAI int8",
+            runner="openvino_cb",
+            environment="openvino",
+            weight_format="int8",
+            model="openvino-int8",
+            converter="openvino_export",
+            bytes_per_weight=1.0,
         ),
-        Entry("transformers", "transformers bf16", "hf", "transformers", "bf16", bytes_per_weight=2.0),
+        Entry(
+            key="transformers",
+            title="transformers bf16",
+            runner="hf",
+            environment="transformers",
+            weight_format="bf16",
+            bytes_per_weight=2.0,
+        ),
         _llama("BF16"),
     )
 }
@@ -101,16 +128,8 @@ def convert(entry: Entry, root: Path, models: Path, threads: int) -> None:
     target = models / entry.model
     if target.is_dir():
         shutil.rmtree(target)
-    module = f"{process.RUNNERS}.{entry.converter}"
-    command = [
-        entry.python(root),
-        "-m",
-        module,
-        str(models / CHECKPOINT),
-        str(target),
-        entry.weight_format,
-        str(threads),
-    ]
+    converter = [entry.python(root), "-m", f"{process.RUNNERS}.{entry.converter}"]
+    command = [*converter, str(models / CHECKPOINT), str(target), entry.weight_format, str(threads)]
     log = root / "logs" / f"convert-{entry.model}.log"
     process.run(command, log, PREPARE_TIMEOUT_S, process.offline(threads))
 

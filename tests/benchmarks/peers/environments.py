@@ -2,8 +2,8 @@
 
 import json
 import shutil
+import sys
 import tarfile
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def build(environment: Environment, root: Path, jobs: int) -> None:
     """
     folder, log = root / environment.name, root / f"{environment.name}.log"
     log.unlink(missing_ok=True)
-    venv.create(folder, with_pip=True, clear=True)
+    run([sys.executable, "-m", "venv", "--clear", str(folder)], log, INSTALL_TIMEOUT_S)
     pip = [str(python_of(environment, root)), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     run([*pip, "install", *environment.requirements], log, INSTALL_TIMEOUT_S)
     if environment.unwanted:

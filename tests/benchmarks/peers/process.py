@@ -1,6 +1,7 @@
 """One child process at a time: its output in a log, a time limit, and a reason where it fails."""
 
 import os
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -11,7 +12,7 @@ RUNNERS = "tests.benchmarks.peers.runners"
 
 
 class ProcessFailed(RuntimeError):
-    """A child that failed; the message is its reason: the last line it printed."""
+    """A child that failed; the message is its reason: what it printed last."""
 
 
 def run(command: list[str], log: Path, timeout_s: float, environment: dict[str, str] | None = None) -> None:
@@ -42,24 +43,7 @@ def run(command: list[str], log: Path, timeout_s: float, environment: dict[str, 
         ended = f"ended by {signal.Signals(-status).name}: " if status < 0 else ""
         with log.open("rb") as output:
             output.seek(begin)
-            raise ProcessFailed(f"{ended}{last_line(output.read().decode(errors='replace'))} (see {_short(log)})")
-
-
-def last_line(text: str) -> str:
-    """The last line of ``text`` with something on it: the reason that a program usually ends with."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
-
-
-def _short(log: Path) -> Path:
-    return log.relative_to(ROOT) if log.is_relative_to(ROOT) else log
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Ends what is left of the child and of the processes it started, so that nothing runs beside the next peer."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+            raise ProcessFailed(f"{ended}{reason(output.read().decode(errors='replace'))} (see {_short(log)})")
 
 
 def offline(threads: int) -> dict[str, str]:
@@ -71,3 +55,22 @@ def offline(threads: int) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def reason(text: str) -> str:
+    """Of what a failed program printed, the last line that names an error, or else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # pip's very last lines are notes that explain what an error is.
+    errors = [line for line in lines if re.search(r"error\b", line, re.IGNORECASE) and not line.startswith("note:")]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+def _short(log: Path) -> Path:
+    return log.relative_to(ROOT) if log.is_relative_to(ROOT) else log
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends what is left of the child and of the processes it started, so that nothing runs beside the next peer."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
