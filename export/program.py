@@ -22,6 +22,9 @@ _INPUTS = {
     "sampling_ints": (2, "int64"),
     "history_ids": (1, "int32"),
     "history_offsets": (1, "int32"),
+    "bias_ids": (1, "int32"),
+    "bias_values": (1, "float32"),
+    "bias_offsets": (1, "int32"),
 }
 
 

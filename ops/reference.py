@@ -191,19 +191,37 @@ def sample(
     ints: np.ndarray,
     history_ids: np.ndarray,
     history_offsets: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """ops.sampling.sample: logits [S, V], floats [S, 6], ints [S, 5], histories -> (next_tokens [S], logprobs [S])."""
+    bias_ids: np.ndarray,
+    bias_values: np.ndarray,
+    bias_offsets: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ops.sampling.sample: logits [S, V], floats [S, 6], ints [S, 6], histories, biases.
+
+    Returns:
+        next_tokens [S], logprobs [S], top_ids [S, 20], top_logprobs [S, 20].
+    """
+    biased = logits.copy()
+    for row, (a, b) in zip(biased, itertools.pairwise(bias_offsets), strict=True):
+        for token, value in zip(bias_ids[a:b], bias_values[a:b], strict=True):
+            row[token] += value
     histories = [history_ids[a:b] for a, b in itertools.pairwise(history_offsets)]
-    tokens = [_sample_row(*row) for row in zip(logits, floats, ints.tolist(), histories, strict=True)]
+    tokens = [_sample_row(*row) for row in zip(biased, floats, ints.tolist(), histories, strict=True)]
     exact = logits.astype(np.float64)
     most = exact.max(axis=1, keepdims=True)
     log_softmax = exact - most - np.log(np.exp(exact - most).sum(axis=1, keepdims=True))
-    return np.array(tokens, np.int32), log_softmax[np.arange(len(tokens)), tokens].astype(np.float32)
+    top_ids = np.full((len(tokens), 20), -1, np.int32)
+    top_logprobs = np.zeros((len(tokens), 20), np.float32)
+    for s, wanted in enumerate(ints[:, 5]):
+        order = np.argsort(-exact[s], kind="stable")[:wanted]  # stable: ties go to the lower index
+        order = order[exact[s, order] > -np.inf]
+        top_ids[s, : len(order)], top_logprobs[s, : len(order)] = order, log_softmax[s, order]
+    logprobs = log_softmax[np.arange(len(tokens)), tokens].astype(np.float32)
+    return np.array(tokens, np.int32), logprobs, top_ids, top_logprobs
 
 
 def _sample_row(logits: np.ndarray, floats: np.ndarray, ints: list[int], history: np.ndarray) -> int:
     temperature, top_p, min_p, repetition, presence, frequency = floats  # float32
-    seed, position, top_k, forced_token, prompt_len = ints
+    seed, position, top_k, forced_token, prompt_len, _ = ints
     if forced_token >= 0:
         return forced_token
 

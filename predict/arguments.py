@@ -7,12 +7,22 @@ from pathlib import Path
 from predict.engine.request import SamplingParams
 from predict.model.weights import DEMO
 
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 ONLY_PATH = "accepted because scripts for PaddleNLP pass it: it names the only path there is, and changes nothing"
 # What greedy search has no use for.
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "seed")
 REQUEST_FLAGS = (
     *SAMPLING_FLAGS,
-    *("batch_size", "src_length", "max_length", "total_max_length", "decode_strategy", "repetition_penalty"),
+    *(
+        "batch_size",
+        "max_num_batched_tokens",
+        "kv_cache_memory",
+        "src_length",
+        "max_length",
+        "total_max_length",
+        "decode_strategy",
+        "repetition_penalty",
+    ),
     *("data_file", "output_file", "prompt", "chat_template"),
 )
 # What an exported program leaves open: the exporter has no use for it.
@@ -56,7 +66,18 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), a template file, or a Jinja template; "
         "default: none (raw text)",
     )
-    text.add_argument("--batch_size", type=count, metavar="N", help="requests that run together; default: 1")
+    text.add_argument(
+        *("--batch_size", "--max_num_seqs"), type=count, metavar="N", help="requests that run together; default: 64"
+    )
+    text.add_argument(
+        "--max_num_batched_tokens", type=count, metavar="N", help="tokens a step computes at the most; default: 2048"
+    )
+    text.add_argument(
+        "--kv_cache_memory",
+        type=_bytes,
+        metavar="BYTES",
+        help="of each rank's KV cache, such as 8G; default: half of the free memory, or what the requests can use",
+    )
     text.add_argument("--src_length", type=count, metavar="N", help="tokens of a prompt at the most; default: 1024")
     text.add_argument("--max_length", type=count, metavar="N", help="new tokens at the most; default: 128")
     text.add_argument(
@@ -148,6 +169,13 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, needs an integer of at least 1")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isdecimal() or int(number) < 1 or unit not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r}, needs a number of bytes, such as 8G (units of 1024: K, M, G, T)")
+    return int(number) * UNITS[unit]
 
 
 def nonempty(text: str) -> str:

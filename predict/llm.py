@@ -1,6 +1,9 @@
-"""The Python API: LLM(model).generate(prompts, SamplingParams(...)) and .chat(messages)."""
+"""The Python API: LLM(model).generate(prompts, SamplingParams(...)), .chat(messages), and both as streams."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from numbers import Integral
@@ -9,37 +12,72 @@ from typing import cast
 
 from ops import library
 from predict.artifact import Artifact, ArtifactError, refuse_artifact
-from predict.engine.engine import Engine, batches
-from predict.engine.request import SamplingParams, Sequence
+from predict.cache_size import cache_blocks, free_memory
+from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, Delta, Engine, Runner
+from predict.engine.request import SamplingParams
 from predict.model.chat import ChatTemplate, load_chat_template
 from predict.model.config import MixtralConfig, positive
 from predict.model.source import ModelSource, find_model
-from predict.model.tokenizer import Tokenizer, load_tokenizer
+from predict.model.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from predict.model.weights import load
-from predict.parallel import Ranks, alone
-from predict.runner import DynamicRunner, StaticRunner
+from predict.parallel import Ranks, alone, barrier, least
+from predict.runner import DynamicRunner, StaticRunner, bytes_per_token
 
 DEFAULT_BLOCK_SIZE = 64
 DEFAULT_TOTAL_MAX_LENGTH = 4096
+GREEDY = SamplingParams()
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt.
+    """One sample of what became of a prompt.
 
     Attributes:
         prompt_token_ids: the prompt as the model saw it.
-        text: what the generated tokens add to the prompt.
-        token_ids, logprobs: generated tokens, the end-of-sequence token included, and their log-probabilities.
-        finish_reason: "stop" (end of sequence) or "length" (max_tokens, or the total length, was reached).
+        index: which of the request's n samples.
+        text: what the generated tokens add to the prompt, up to a stop string.
+        token_ids, logprobs: generated tokens, those that ended it included, and their log-probabilities.
+        top_logprobs: for each token the (id, log-probability) of the most probable ones; None unless asked for.
+        finish_reason: "stop" (end of sequence, a stop token or a stop string) or "length" (max_tokens, or the total
+            length, was reached); "abort" if the engine's request was aborted.
+        stop_reason: the stop string or stop token; None for the end-of-sequence token.
     """
 
     prompt_token_ids: list[int]
+    index: int
     text: str
     token_ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]] | None
     finish_reason: str
+    stop_reason: str | int | None
+
+
+class Collector:
+    """Puts the Deltas of one sample together again."""
+
+    def __init__(self, prompt_token_ids: list[int], index: int):
+        self.prompt_token_ids, self.index = prompt_token_ids, index
+        self.deltas: list[Delta] = []
+
+    def add(self, delta: Delta) -> None:
+        """The next one."""
+        self.deltas.append(delta)
+
+    def completion(self) -> Completion:
+        """What they add up to, the last one having come."""
+        last = self.deltas[-1]
+        return Completion(
+            prompt_token_ids=self.prompt_token_ids,
+            index=self.index,
+            text="".join(d.text for d in self.deltas),
+            token_ids=[t for d in self.deltas for t in d.token_ids],
+            logprobs=[x for d in self.deltas for x in d.logprobs],
+            top_logprobs=None if last.top_logprobs is None else [x for d in self.deltas for x in d.top_logprobs or ()],
+            finish_reason=last.finish_reason or "length",
+            stop_reason=last.stop_reason,
+        )
 
 
 class LLM:
@@ -50,7 +88,11 @@ class LLM:
         mode: "dynamic" or "static"; by default what the folder is.
         dtype: "bfloat16" or "float32"; by default the checkpoint's own, or what was exported.
         quant_type: "weight_only_int8" or None.
-        batch_size: sequences that run together at the most.
+        max_num_seqs: sequences that run together at the most; the others wait.
+        max_num_batched_tokens: new tokens a step computes at the most.
+        kv_cache_memory: bytes of each rank's KV cache; by default half of the memory that is free, or less where
+            max_num_seqs sequences of total_max_length tokens cannot use it. It is only touched as tokens need it.
+        prefix_caching: find the beginning of a prompt in the cache of earlier ones.
         total_max_length: tokens of a sequence at the most, prompt included.
         block_size: tokens in a page of the KV cache; an exported folder has its own.
         threads: threads of this rank's kernels; results do not depend on it.
@@ -70,7 +112,10 @@ class LLM:
         mode: str | None = None,
         dtype: str | None = None,
         quant_type: str | None = None,
-        batch_size: int = 8,
+        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        kv_cache_memory: int | None = None,
+        prefix_caching: bool = True,
         total_max_length: int | None = None,
         block_size: int | None = None,
         threads: int | None = None,
@@ -83,7 +128,14 @@ class LLM:
             raise ValueError(f"mode is {mode!r}, needs 'dynamic' or 'static'")
         ranks = ranks or alone()
         library.set_num_threads(ranks.local_threads if threads is None else threads)
-        self.ranks, self.batch_size, self.chat_template = ranks, positive("batch_size", batch_size), chat_template
+        self.ranks, self.chat_template = ranks, chat_template
+        self.max_num_seqs = positive("max_num_seqs", max_num_seqs)
+        self.max_num_batched_tokens = positive("max_num_batched_tokens", max_num_batched_tokens)
+        self.kv_cache_memory = None if kv_cache_memory is None else positive("kv_cache_memory", kv_cache_memory)
+        self.prefix_caching = prefix_caching
+        self._calls = itertools.count()
+        # Streams may be open at the same time: a step of one brings tokens of the others.
+        self._inboxes: dict[str, tuple[int, deque[tuple[int, Delta]]]] = {}
         self._chat_template: ChatTemplate | None = None
         static = Artifact.is_artifact(model) if mode is None else mode == "static"
         if static:
@@ -98,8 +150,18 @@ class LLM:
             refuse_artifact(model)
             source = find_model(model, num_hidden_layers)
             self._open_checkpoint(source, dtype, quant_type, block_size, total_max_length)
-        self.engine = Engine(
-            self.runner, self.tokenizer.eos_token_ids or self.config.eos_token_id, self.total_max_length
+        self.engine = self.new_engine(self.runner)
+
+    def new_engine(self, runner: Runner) -> Engine:
+        """An engine of this model's and this LLM's settings, on its runner or on one that wraps it."""
+        return Engine(
+            runner,
+            self.tokenizer.eos_token_ids or self.config.eos_token_id,
+            self.total_max_length,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            prefix_caching=self.prefix_caching,
+            new_detokenizer=lambda prompt_ids: IncrementalDetokenizer(self.tokenizer, prompt_ids),
         )
 
     def _open_artifact(
@@ -113,15 +175,17 @@ class LLM:
         if verify:
             artifact.verify(self.ranks.rank == 0)
         self.dtype, self.quant_type = artifact.dtype, artifact.quant_type
-        self._prepare(artifact.config, artifact.folder, total_max_length, artifact.block_size)
+        self._prepare(artifact.config, artifact.folder, total_max_length)
         program = artifact.program(self.ranks.rank)
+        weights = sum(e["bytes"] for name, e in artifact.files.items() if name.startswith(f"{program.parent.name}/"))
+        num_blocks = self._num_blocks(artifact.block_size, weights)
         try:
             self.runner: StaticRunner | DynamicRunner = StaticRunner(
                 program,
                 artifact.config,
                 artifact.world_size,
                 artifact.dtype,
-                self.num_blocks,
+                num_blocks,
                 artifact.block_size,
                 self.ranks.rank == 0,
             )
@@ -135,14 +199,12 @@ class LLM:
     def _open_checkpoint(self, source: ModelSource, dtype, quant_type, block_size, total_max_length) -> None:
         self.dtype, self.quant_type = dtype or source.default_dtype(), quant_type
         block_size = positive("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size)
-        self._prepare(source.config, source.tokenizer_folder, total_max_length, block_size)
+        self._prepare(source.config, source.tokenizer_folder, total_max_length)
         network = load(source.config, source.weights(), self.dtype, quant_type, self.ranks.rank, self.ranks.world_size)
-        self.runner = DynamicRunner(network, self.num_blocks, block_size)
+        self.runner = DynamicRunner(network, self._num_blocks(block_size, 0), block_size)
 
-    def _prepare(
-        self, config: MixtralConfig, tokenizer_folder: Path, total_max_length: int | None, block_size: int
-    ) -> None:
-        """What both modes share: the tokenizer, the ids that end a sequence, the size of the cache."""
+    def _prepare(self, config: MixtralConfig, tokenizer_folder: Path, total_max_length: int | None) -> None:
+        """What both modes share: the tokenizer, and how long a sequence may be."""
         longest = config.max_position_embeddings
         if total_max_length is not None and not 2 <= total_max_length <= longest:
             raise ValueError(
@@ -159,7 +221,24 @@ class LLM:
             )
         if self.chat_template is not None:  # a bad one is found before the weights are loaded
             self._chat_template = load_chat_template(self.tokenizer, self.chat_template)
-        self.num_blocks = self.batch_size * -(-self.total_max_length // block_size)
+
+    def _num_blocks(self, block_size: int, weights_to_load: int) -> int:
+        """Pages of the KV cache, the same on every rank; says on stderr what it is."""
+        world_size = self.ranks.world_size
+        if world_size > 1:
+            barrier()  # all have loaded what they load before
+        per_token = bytes_per_token(self.config, world_size, self.dtype)
+        free = max(0, free_memory() // world_size - weights_to_load)
+        num_blocks = least(
+            cache_blocks(self.kv_cache_memory, free, block_size, per_token, self.max_num_seqs, self.total_max_length)
+        )
+        if self.ranks.rank == 0:
+            tokens = num_blocks * block_size
+            print(
+                f"KV cache: {tokens} tokens in {num_blocks} pages of {block_size}, {tokens * per_token / 1e9:.3f} GB",
+                file=sys.stderr,
+            )
+        return num_blocks
 
     @property
     def mode(self) -> str:
@@ -169,36 +248,52 @@ class LLM:
         self,
         prompts: str | Seq[str] | Seq[Seq[int]],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Continues each prompt.
 
         Args:
             prompts: a text, texts, or lists of token ids.
             sampling_params: one for all, or one for each; greedy by default.
-            on_token: called with (index of the prompt, token id) as tokens come.
+
+        Returns:
+            The n samples of the first prompt, those of the second, and so on.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds a token outside the vocabulary; names the prompt.
         """
-        given: list[str | Seq[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else _token_ids(i, p) for i, p in enumerate(given)]
-        return self.complete(ids, sampling_params, on_token)
+        return self.complete(self._encode(prompts), sampling_params)
 
     def chat(
         self,
         messages: Seq[Message] | Seq[Seq[Message]],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Answers one conversation, or several; each a list of {"role": ..., "content": ...}.
+
+        Returns:
+            As :meth:`generate`.
 
         Raises:
             ValueError: roles or content the template refuses; says which message.
         """
-        one = bool(messages) and isinstance(messages[0], dict)
-        conversations = cast(Seq[Seq[Message]], [messages] if one else messages)
-        return self.complete([self.encode_chat(c) for c in conversations], sampling_params, on_token, chat=True)
+        return self.complete(self._encode_chats(messages), sampling_params, chat=True)
+
+    def stream(
+        self,
+        prompts: str | Seq[str] | Seq[Seq[int]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, Delta]]:
+        """As :meth:`generate`, but yields (number of the prompt, Delta) as tokens come; what is left when the caller
+        stops listening is aborted."""
+        return self.stream_tokens(self._encode(prompts), sampling_params)
+
+    def stream_chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, Delta]]:
+        """As :meth:`chat`, but yields as :meth:`stream` does."""
+        return self.stream_tokens(self._encode_chats(messages), sampling_params, chat=True)
 
     def encode_chat(self, messages: Seq[Message]) -> list[int]:
         """Token ids of a conversation, ready for its answer, by the chat template this LLM was made with."""
@@ -209,59 +304,86 @@ class LLM:
     def score(self, token_ids: list[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
         self.check_prompt(0, token_ids)
-        sequence = Sequence(list(token_ids), SamplingParams())
-        self.engine.score(sequence)
-        return sequence.logprobs
+        return self.engine.score(token_ids)
 
     def complete(
         self,
         prompts: list[list[int]],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
         chat: bool = False,
     ) -> list[Completion]:
         """Continues prompts that are token ids; ``chat`` drops the leading space of the text, which answers a chat."""
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each prompt"
-            )
-        for i, prompt in enumerate(prompts):
-            self.check_prompt(i, prompt)
-        sequences = [Sequence(list(p), s) for p, s in zip(prompts, params, strict=True)]
-        index = {id(s): i for i, s in enumerate(sequences)}
-        for batch in batches(sequences, self.batch_size):
-            if on_token is None:
-                self.engine.generate(batch)
-            else:
-                self.engine.generate(batch, lambda sequence, token: on_token(index[id(sequence)], token))
-        return [self._completion(s, chat) for s in sequences]
+        params = _for_each(sampling_params, len(prompts))
+        samples = [
+            [Collector(prompt, index) for index in range(p.n)] for prompt, p in zip(prompts, params, strict=True)
+        ]
+        for i, delta in self.stream_tokens(prompts, params, chat):
+            samples[i][delta.index].add(delta)
+        return [collector.completion() for of_prompt in samples for collector in of_prompt]
 
-    def check_prompt(self, i: int, prompt: list[int]) -> None:
+    def stream_tokens(
+        self,
+        prompts: list[list[int]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        chat: bool = False,
+    ) -> Iterator[tuple[int, Delta]]:
+        """As :meth:`complete`, but yields as :meth:`stream` does. Every prompt is checked before any runs."""
+        params = _for_each(sampling_params, len(prompts))
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            self.check_prompt(i, prompt, p)
+        return self._listen(prompts, params, chat)
+
+    def _listen(
+        self, prompts: list[list[int]], params: list[SamplingParams], chat: bool
+    ) -> Iterator[tuple[int, Delta]]:
+        call, inbox = next(self._calls), deque[tuple[int, Delta]]()
+        mine = {f"{call}-{i}": i for i in range(len(prompts))}
+        try:
+            for (request_id, i), prompt, p in zip(mine.items(), prompts, params, strict=True):
+                self.engine.add(request_id, prompt, p, chat=chat)
+                self._inboxes[request_id] = (i, inbox)
+            unfinished = sum(p.n for p in params)
+            while unfinished:
+                for delta in self.engine.step():
+                    if delta.request_id in self._inboxes:  # else its listener has left
+                        i, of_its_stream = self._inboxes[delta.request_id]
+                        of_its_stream.append((i, delta))
+                while inbox:
+                    unfinished -= inbox[0][1].finish_reason is not None
+                    yield inbox.popleft()
+        finally:
+            for request_id in mine:
+                self._inboxes.pop(request_id, None)
+                self.engine.abort(request_id)
+
+    def check_prompt(self, i: int, prompt: list[int], params: SamplingParams = GREEDY) -> None:
         """Refuses prompt number ``i`` if it cannot be continued.
 
         Raises:
-            ValueError: it is empty, too long, or holds a token outside the vocabulary.
+            ValueError: as predict.engine.engine.Engine.check does; names the prompt.
         """
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; needs at least one token")
-        if len(prompt) >= self.total_max_length:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, total_max_length is {self.total_max_length}: "
-                "no room for an answer; shorten it or raise total_max_length"
-            )
-        for token in prompt:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"prompt {i} holds token {token}, needs ids from 0 to {self.config.vocab_size - 1}")
+        try:
+            self.engine.check(prompt, params)
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from error
 
-    def _completion(self, sequence: Sequence, chat: bool) -> Completion:
-        prompt, output = sequence.token_ids[: sequence.prompt_len], sequence.output_ids
-        # An answer is a text of its own; a continuation keeps the space its first word begins with.
-        text = self.tokenizer.continuation([] if chat else prompt, output)
-        return Completion(prompt, text, output, sequence.logprobs, sequence.finish_reason or "length")
+    def _encode(self, prompts: str | Seq[str] | Seq[Seq[int]]) -> list[list[int]]:
+        given: list[str | Seq[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        return [self.tokenizer.encode(p) if isinstance(p, str) else _token_ids(i, p) for i, p in enumerate(given)]
+
+    def _encode_chats(self, messages: Seq[Message] | Seq[Seq[Message]]) -> list[list[int]]:
+        one = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast(Seq[Seq[Message]], [messages] if one else messages)
+        return [self.encode_chat(c) for c in conversations]
+
+
+def _for_each(sampling_params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or GREEDY] * count
+    params = list(sampling_params)
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one, or one for each prompt")
+    return params
 
 
 def _token_ids(i: int, prompt: Seq[int]) -> list[int]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import paddle
 
-from ops.collective import all_reduce, group, join_group, leave_group
+from ops.collective import all_gather, all_reduce, group, join_group, leave_group
 from ops.library import set_num_threads
 
 JOIN_TIMEOUT_VARIABLE = "PADDLE_MIXTRAL_GROUP_TIMEOUT"
@@ -80,6 +80,15 @@ def barrier() -> None:
         ValueError: another rank died or did not come in time.
     """
     all_reduce(paddle.zeros([1]), group()[1])
+
+
+def least(number: int) -> int:
+    """The least of the ranks' numbers, 0 to 2^24; every rank calls it with its own.
+
+    Raises:
+        ValueError: as :func:`barrier` does.
+    """
+    return int(all_gather(paddle.full([1, 1], number, "float32"), group()[1]).min())  # exact up to 2^24
 
 
 def run(main: Callable[[Ranks], int | None], step_timeout_s: float = STEP_TIMEOUT_S) -> int:

@@ -21,10 +21,9 @@ from predict.arguments import check_benchmark, check_device, check_output_file, 
 from predict.bench.command import run_bench
 from predict.command import run_command
 from predict.dataset import Row, read_rows
-from predict.engine.engine import batches
+from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from predict.engine.request import SamplingParams
-from predict.llm import LLM, Completion
-from predict.model.tokenizer import IncrementalDetokenizer
+from predict.llm import LLM, Collector, Completion
 from predict.parallel import Ranks
 from predict.progress import progress
 
@@ -53,7 +52,9 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
         mode=args.mode or "dynamic",
         dtype=args.dtype,
         quant_type=args.quant_type,
-        batch_size=1 if args.batch_size is None else args.batch_size,
+        max_num_seqs=args.batch_size or DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens=args.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        kv_cache_memory=args.kv_cache_memory,
         total_max_length=_total_max_length(args, src_length, params),
         block_size=args.block_size,
         threads=args.threads,
@@ -128,21 +129,29 @@ def _answer(
     output: TextIO | None,
     first: bool,
 ) -> None:
-    """Batch after batch, each row printed or written as soon as its batch is done."""
+    """Each row printed or written, in their order, as soon as it and those before it are done; a single one streams."""
     alone = len(rows) == 1 and first
-    stream = _Stream(llm, prompts[0], chat, rows[0].src) if alone else None
+    if alone:
+        print(rows[0].src, end="\n" if chat else "", flush=True)
+    collectors = [Collector(prompt, 0) for prompt in prompts]
+    done: set[int] = set()
+    written = 0
     with progress("generating", len(rows), "row", first and not alone) as bar:
-        for batch in batches(list(zip(rows, prompts, strict=True)), llm.batch_size):
-            completions = llm.complete([p for _, p in batch], params, stream, chat)
-            for (row, _), completion in zip(batch, completions, strict=True):
-                if stream is not None:
-                    stream.finish()
-                elif first and output is None:
+        for i, delta in llm.stream_tokens(prompts, params, chat):
+            collectors[i].add(delta)
+            if alone:
+                print(delta.text, end="" if delta.finish_reason is None else "\n", flush=True)
+            if delta.finish_reason is not None:
+                done.add(i)
+                bar.update(1)
+            while written in done:
+                row, completion = rows[written], collectors[written].completion()
+                if first and not alone and output is None:
                     print(f"[{row.id}] {row.src}{'' if not chat else chr(10)}{completion.text}\n")
                 if output is not None:
                     output.write(_record(row, completion) + "\n")
                     output.flush()
-            bar.update(len(batch))
+                written += 1
 
 
 def _record(row: Row, completion: Completion) -> str:
@@ -156,20 +165,6 @@ def _record(row: Row, completion: Completion) -> str:
         },
         ensure_ascii=False,
     )
-
-
-class _Stream:
-    """Prints one answer as its tokens come, after the prompt it continues."""
-
-    def __init__(self, llm: LLM, prompt: list[int], chat: bool, text: str):
-        self.detokenizer = IncrementalDetokenizer(llm.tokenizer, [] if chat else prompt)
-        print(text, end="\n" if chat else "", flush=True)
-
-    def __call__(self, index: int, token: int) -> None:
-        print(self.detokenizer.push(token), end="", flush=True)
-
-    def finish(self) -> None:
-        print(self.detokenizer.finish(), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

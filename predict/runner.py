@@ -7,7 +7,7 @@ import paddle
 from paddle import inference
 
 from ops import library
-from predict.engine.batch import INPUT_NAMES, StepBatch
+from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
 from predict.model.config import MixtralConfig
 from predict.model.mixtral import Mixtral
 from predict.weights_file import read_weights
@@ -40,7 +40,7 @@ def _empty_caches(
         size = num_blocks * block_size * bytes_per_token(config, world_size, dtype)
         raise MemoryError(
             f"the KV cache of {num_blocks} pages of {block_size} tokens needs {size / 1e9:.1f} GB, more than this "
-            "machine has; use a smaller --batch_size or --total_max_length"
+            "machine has; use a smaller --kv_cache_memory"
         ) from error
 
 
@@ -51,13 +51,14 @@ class DynamicRunner:
 
     def __init__(self, model: Mixtral, num_blocks: int, block_size: int):
         self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
+        self.vocab_size = model.config.vocab_size
         self.caches = _empty_caches(model.config, model.world_size, model.dtype, num_blocks, block_size)
 
-    def step(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
-        """next_tokens [S] int32 and logprobs [S] float32."""
+    def step(self, batch: StepBatch) -> StepResult:
+        """Runs one step."""
         with paddle.no_grad():
-            tokens, logprobs = self.model(*map(paddle.to_tensor, batch.arrays()), self.caches)
-        return tokens.numpy(), logprobs.numpy()
+            outputs = self.model(*map(paddle.to_tensor, batch.arrays()), self.caches)
+        return StepResult(*(x.numpy() for x in outputs))
 
     def logits(self, batch: StepBatch) -> np.ndarray:
         """The logits [S, V] float32 the step would sample from."""
@@ -86,7 +87,7 @@ class StaticRunner:
         block_size: int,
         show: bool = False,
     ):
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, config.vocab_size
         settings = inference.Config(f"{program}.json", "")
         settings.disable_gpu()
         settings.disable_onednn()  # ten times slower than Paddle's own kernels on operators this small
@@ -106,10 +107,9 @@ class StaticRunner:
         for name, tensor in [*self.weights.items(), *zip(names, self.caches, strict=True)]:
             self.predictor.get_input_handle(name).share_external_data(tensor)
 
-    def step(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
-        """next_tokens [S] int32 and logprobs [S] float32."""
+    def step(self, batch: StepBatch) -> StepResult:
+        """Runs one step."""
         for handle, array in zip(self.inputs, batch.arrays(), strict=True):
             handle.copy_from_cpu(array)
         self.predictor.run()
-        tokens, logprobs = (handle.copy_to_cpu() for handle in self.outputs)
-        return tokens, logprobs
+        return StepResult(*(handle.copy_to_cpu() for handle in self.outputs))

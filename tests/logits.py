@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from predict.engine.batch import Chunk, StepBatch, pack
+from predict.engine.batch import StepBatch, pack_scoring
 from predict.engine.engine import Engine
 from predict.engine.request import SamplingParams, Sequence
 from predict.model.source import find_model
@@ -25,16 +25,15 @@ def runner(
 
 def all_rows(sequence: Sequence, num_tokens: int) -> StepBatch:
     """A step over the sequence's next num_tokens tokens that samples every one of them."""
-    batch = pack([Chunk(sequence, num_tokens, score=True)])
-    return replace(batch, sample_rows=np.arange(num_tokens, dtype=np.int32))
+    return replace(pack_scoring(sequence, num_tokens), sample_rows=np.arange(num_tokens, dtype=np.int32))
 
 
 def logits_in_chunks(runner: DynamicRunner, token_ids: list[int], sizes: list[int]) -> np.ndarray:
     """Logits [L, V] of every position, computed in chunks of the given sizes (which add up to L)."""
-    sequence = Sequence(list(token_ids), SamplingParams())
+    sequence = Sequence(token_ids, SamplingParams())
     # Pages in an order of their own: nothing may depend on where they lie.
     needed = -(-len(token_ids) // runner.block_size)
-    sequence.block_ids = np.random.default_rng(len(token_ids)).permutation(runner.num_blocks)[:needed].tolist()
+    sequence.block_ids.extend(np.random.default_rng(len(token_ids)).permutation(runner.num_blocks)[:needed].tolist())
     rows = []
     for size in sizes:
         rows.append(runner.logits(all_rows(sequence, size)))
@@ -54,6 +53,11 @@ def greedy(
     """new_tokens greedy tokens after each prompt, all prompts as one batch."""
     ours = runner(checkpoint_dir, dtype, num_blocks=16 * len(prompts))
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    sequences = [Sequence(list(p), params) for p in prompts]
-    Engine(ours, (), total_max_length=ours.num_blocks * BLOCK_SIZE).generate(sequences)
-    return [s.output_ids for s in sequences]
+    engine = Engine(ours, (), max_model_len=ours.num_blocks * BLOCK_SIZE)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, params)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for delta in engine.step():
+            outputs[int(delta.request_id)] += delta.token_ids
+    return outputs

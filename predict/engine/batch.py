@@ -1,13 +1,14 @@
-"""The arguments of one step, packed without padding from the chunks that take part in it."""
+"""The arguments of one step, packed without padding from the chunks that take part in it, and what it gives."""
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
-from predict.engine.request import Sequence
+from predict.engine.request import SamplingParams, Sequence
 
-NO_FORCED_TOKEN = -1
-GREEDY = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # a row of sampling_floats
+POSITION, FORCED_TOKEN = 1, 3  # columns of sampling_ints
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class StepBatch:
         sample_rows: [S] int32, rows of token_ids whose next token is wanted: none of a chunk in mid-prompt, one of a
             decode, as many as wanted when scoring.
         sampling_floats: [S, 6] float32: temperature, top_p, min_p, repetition_, presence_, frequency_penalty.
-        sampling_ints: [S, 5] int64: seed, position of the token to come, top_k, forced_token (-1: none), prompt_len.
+        sampling_ints: [S, 6] int64: seed, position of the token to come, top_k, forced_token (-1: none), prompt_len,
+            top_logprobs.
         history_ids, history_offsets: [N], [S + 1] int32: tokens seen by each row, for its penalties (may be empty: then
             history_ids holds one unused 0).
+        bias_ids, bias_values, bias_offsets: [N] int32, [N] float32, [S + 1] int32: what each row adds to its logits
+            (may be empty: then the first two hold one unused 0).
     """
 
     token_ids: np.ndarray
@@ -36,91 +40,123 @@ class StepBatch:
     sampling_ints: np.ndarray
     history_ids: np.ndarray
     history_offsets: np.ndarray
+    bias_ids: np.ndarray
+    bias_values: np.ndarray
+    bias_offsets: np.ndarray
 
     def arrays(self) -> list[np.ndarray]:
         """The inputs in the order of the step's arguments."""
-        return [getattr(self, f.name) for f in fields(self)]
+        return [getattr(self, name) for name in INPUT_NAMES]
 
 
 INPUT_NAMES = tuple(f.name for f in fields(StepBatch))
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The next ``num_tokens`` tokens of a sequence that have not been computed.
+class StepResult(NamedTuple):
+    """One step's outputs.
 
-    ``score`` asks for the log-probability of every following prompt token instead of a new token at the end.
+    Attributes:
+        tokens: [S] int32, the next token of each of the batch's sample_rows.
+        logprobs: [S] float32, the model's log-probability of it.
+        top_ids, top_logprobs: [S, 20] int32 and float32, the most probable tokens of the rows that ask; else -1 and 0.
     """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(slots=True)  # not frozen, which would take eight times as long to make, for every sequence of every step
+class Chunk:
+    """The next ``num_tokens`` tokens of a sequence that have not been computed."""
 
     sequence: Sequence
     num_tokens: int
-    score: bool = False
 
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that a new one is to be drawn."""
-        return self.sequence.num_computed + self.num_tokens == self.sequence.num_tokens
+        return self.sequence.num_computed + self.num_tokens == len(self.sequence.token_ids)
+
+
+# What a step without rows to sample samples, greedily, because a program needs S >= 1.
+_UNUSED = Sequence([0], SamplingParams())
 
 
 def pack(chunks: list[Chunk]) -> StepBatch:
     """Packs chunks, in order, into one step.
 
-    A step whose chunks are all in mid-prompt still samples its last row, greedily, because a program needs S >= 1;
-    whoever asked for nothing reads nothing of it.
+    A step whose chunks are all in mid-prompt still samples its last row, greedily; whoever asked for nothing reads
+    nothing of it.
     """
-    token_ids: list[int] = []
-    rows: list[int] = []
-    floats: list[tuple[float, ...]] = []
-    ints: list[tuple[int, ...]] = []
-    history: list[int] = []
-    history_offsets = [0]
-    for chunk in chunks:
-        sequence, params, start = chunk.sequence, chunk.sequence.params, chunk.sequence.num_computed
-        tokens = sequence.token_ids
-        end = start + chunk.num_tokens
-        if chunk.score:
-            wanted = [(i, tokens[i + 1]) for i in range(start, min(end, len(tokens) - 1))]
-        else:
-            wanted = [(end - 1, NO_FORCED_TOKEN)] if chunk.samples else []
-        for i, forced_token in wanted:
-            rows.append(len(token_ids) + i - start)
-            floats.append(
-                (
-                    params.temperature,
-                    params.top_p,
-                    params.min_p,
-                    params.repetition_penalty,
-                    params.presence_penalty,
-                    params.frequency_penalty,
-                )
-            )
-            prompt_len = 0
-            if params.has_penalties and not chunk.score:
-                history += tokens
-                prompt_len = sequence.prompt_len
-            ints.append((params.seed, i + 1, params.top_k, forced_token, prompt_len))
-            history_offsets.append(len(history))
-        token_ids += tokens[start:end]
-    if not rows:
-        rows.append(len(token_ids) - 1)
-        floats.append(GREEDY)
-        ints.append((0, 0, 0, NO_FORCED_TOKEN, 0))
-        history_offsets.append(0)
-    return StepBatch(
-        token_ids=np.array(token_ids, np.int32),
-        cu_seqlens=np.cumsum([0] + [c.num_tokens for c in chunks], dtype=np.int32),
-        context_lens=np.array([c.sequence.num_computed for c in chunks], np.int32),
-        block_tables=_block_tables([c.sequence.block_ids for c in chunks]),
-        sample_rows=np.array(rows, np.int32),
-        sampling_floats=np.array(floats, np.float32),
-        sampling_ints=np.array(ints, np.int64),
-        history_ids=np.array(history or [0], np.int32),
-        history_offsets=np.array(history_offsets, np.int32),
+    offsets = list(accumulate((c.num_tokens for c in chunks), initial=0))
+    sampled = [(c.sequence, end - 1) for c, end in zip(chunks, offsets[1:], strict=True) if c.samples]
+    sequences, rows = zip(*(sampled or [(_UNUSED, offsets[-1] - 1)]), strict=True)
+    ints = _rows([s.int_row for s in sequences], np.int64)
+    ints[:, POSITION] = [len(s.token_ids) for s in sequences]
+    histories = [s.token_ids.tobytes() if s.has_penalties else b"" for s in sequences]
+    return _batch(
+        chunks, offsets, rows, _rows([s.float_row for s in sequences], np.float32), ints, histories, sequences
     )
 
 
-def _block_tables(block_ids: list[list[int]]) -> np.ndarray:
-    tables = np.full((len(block_ids), max(map(len, block_ids))), -1, np.int32)
-    for table, ids in zip(tables, block_ids, strict=True):
-        table[: len(ids)] = ids
-    return tables
+def pack_scoring(sequence: Sequence, num_tokens: int) -> StepBatch:
+    """A step over the next num_tokens tokens of a sequence that forces, and so scores, the token after each.
+
+    The last token of the sequence has none after it: its row is not sampled.
+    """
+    start = sequence.num_computed
+    following = sequence.token_ids[start + 1 : start + num_tokens + 1]
+    count = len(following)
+    ints = np.zeros((count, 6), np.int64)
+    ints[:, POSITION] = np.arange(start + 1, start + count + 1)
+    ints[:, FORCED_TOKEN] = following
+    floats = np.tile(np.frombuffer(_UNUSED.float_row, np.float32), (count, 1))
+    return _batch(
+        [Chunk(sequence, num_tokens)], [0, num_tokens], range(count), floats, ints, [b""] * count, [_UNUSED] * count
+    )
+
+
+def _batch(chunks, offsets, rows, floats, ints, histories, sequences) -> StepBatch:
+    owners = [c.sequence for c in chunks]
+    tokens = [
+        s.token_ids[s.num_computed : s.num_computed + c.num_tokens].tobytes()
+        for s, c in zip(owners, chunks, strict=True)
+    ]
+    # 0xff in every byte is the int32 -1.
+    width = max(len(s.block_ids) for s in owners)
+    tables = [s.block_ids.tobytes().ljust(4 * width, b"\xff") for s in owners]
+    biases = [s.bias or (b"", b"") for s in sequences]
+    return StepBatch(
+        token_ids=_joined(tokens, np.int32),
+        cu_seqlens=np.array(offsets, np.int32),
+        context_lens=np.array([s.num_computed for s in owners], np.int32),
+        block_tables=_joined(tables, np.int32).reshape(len(chunks), width),
+        sample_rows=np.array(rows, np.int32),
+        sampling_floats=floats,
+        sampling_ints=ints,
+        history_ids=_ragged(histories, np.int32),
+        history_offsets=_ends(histories),
+        bias_ids=_ragged([ids for ids, _ in biases], np.int32),
+        bias_values=_ragged([values for _, values in biases], np.float32),
+        bias_offsets=_ends([ids for ids, _ in biases]),
+    )
+
+
+def _joined(pieces: list[bytes], dtype: type) -> np.ndarray:
+    return np.frombuffer(bytearray().join(pieces), dtype)  # a bytearray, so that the array can be written to
+
+
+def _rows(pieces: list[bytes], dtype: type) -> np.ndarray:
+    return _joined(pieces, dtype).reshape(len(pieces), -1)
+
+
+def _ragged(pieces: list[bytes], dtype: type) -> np.ndarray:
+    joined = _joined(pieces, dtype)
+    return joined if len(joined) else np.zeros(1, dtype)
+
+
+def _ends(pieces: list[bytes]) -> np.ndarray:
+    """Where each piece of 4-byte elements begins, and where the last ends."""
+    return np.array(list(accumulate(map(len, pieces), initial=0)), np.int32) // 4

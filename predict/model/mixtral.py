@@ -144,6 +144,9 @@ class Mixtral(nn.Layer):
         sampling_ints,
         history_ids,
         history_offsets,
+        bias_ids,
+        bias_values,
+        bias_offsets,
         caches,
     ):
         """One step: see predict.engine.batch.StepBatch for the arguments.
@@ -152,10 +155,11 @@ class Mixtral(nn.Layer):
             caches: [key, value] of layer 0, of layer 1, ...: each [num_blocks, Hkv, block_size, D], written in place.
 
         Returns:
-            next_tokens [S] int32 and logprobs [S] float32.
+            next_tokens [S] int32, logprobs [S] float32, top_ids [S, 20] int32 and top_logprobs [S, 20] float32.
         """
         logits = self.logits(token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches)
-        return sample(logits, sampling_floats, sampling_ints, history_ids, history_offsets)
+        history, bias = (history_ids, history_offsets), (bias_ids, bias_values, bias_offsets)
+        return sample(logits, sampling_floats, sampling_ints, *history, *bias)
 
 
 def padded_vocab_share(config: MixtralConfig, world_size: int) -> int:

@@ -8,11 +8,11 @@ import pytest
 
 from ops import reference
 from ops.library import num_threads, set_num_threads
-from ops.sampling import FLOAT_COLUMNS, INT_COLUMNS, sample
+from ops.sampling import FLOAT_COLUMNS, INT_COLUMNS, MAX_TOP_LOGPROBS, sample
 from tests.ops.instruction_sets import digests
 
 FLOAT_DEFAULTS = dict(zip(FLOAT_COLUMNS, (0.0, 1.0, 0.0, 1.0, 0.0, 0.0), strict=True))
-INT_DEFAULTS = dict(zip(INT_COLUMNS, (0, 0, 0, -1, 0), strict=True))
+INT_DEFAULTS = dict(zip(INT_COLUMNS, (0, 0, 0, -1, 0, 0), strict=True))
 # The float32 exponentials are within 2 units in the last place, their float64 sum and its logarithm far closer; the
 # result is one rounding of a number up to about 20.
 LOGPROB_TOLERANCE = 3e-6
@@ -21,26 +21,49 @@ LOGPROB_TOLERANCE = 3e-6
 class Rows:
     """Rows of logits with their sampling parameters, given by name, as the operator takes them."""
 
-    def __init__(self, logits, parameters: list[dict], histories: list[list[int]] | None = None):
+    def __init__(
+        self,
+        logits,
+        parameters: list[dict],
+        histories: list[list[int]] | None = None,
+        biases: list[dict[int, float]] | None = None,
+    ):
         self.logits = np.asarray(logits, np.float32)
         self.floats = np.array([[{**FLOAT_DEFAULTS, **p}[n] for n in FLOAT_COLUMNS] for p in parameters], np.float32)
         self.ints = np.array([[{**INT_DEFAULTS, **p}[n] for n in INT_COLUMNS] for p in parameters], np.int64)
         histories = histories or [[] for _ in parameters]
         self.history_ids = np.array([token for history in histories for token in history], np.int32)
         self.history_offsets = np.cumsum([0, *map(len, histories)]).astype(np.int32)
+        biases = biases or [{} for _ in parameters]
+        self.bias_ids = np.array([token for bias in biases for token in bias], np.int32)
+        self.bias_values = np.array([value for bias in biases for value in bias.values()], np.float32)
+        self.bias_offsets = np.cumsum([0, *map(len, biases)]).astype(np.int32)
 
     def arrays(self):
-        return self.logits, self.floats, self.ints, self.history_ids, self.history_offsets
+        history = self.history_ids, self.history_offsets
+        return self.logits, self.floats, self.ints, *history, self.bias_ids, self.bias_values, self.bias_offsets
 
-    def sample(self) -> tuple[np.ndarray, np.ndarray]:
-        tokens, logprobs = sample(*map(paddle.to_tensor, self.arrays()))
-        assert (tokens.dtype, logprobs.dtype) == (paddle.int32, paddle.float32)
-        return tokens.numpy(), logprobs.numpy()
+    def row(self, s: int) -> "Rows":
+        """Row s alone."""
+        alone = Rows(self.logits[s : s + 1], [{}])
+        alone.floats, alone.ints = self.floats[s : s + 1], self.ints[s : s + 1]
+        alone.history_ids = self.history_ids[slice(*self.history_offsets[s : s + 2])]
+        alone.history_offsets = np.array([0, len(alone.history_ids)], np.int32)
+        biases = slice(*self.bias_offsets[s : s + 2])
+        alone.bias_ids, alone.bias_values = self.bias_ids[biases], self.bias_values[biases]
+        alone.bias_offsets = np.array([0, len(alone.bias_ids)], np.int32)
+        return alone
+
+    def sample(self) -> list[np.ndarray]:
+        """next_tokens, logprobs, top_ids and top_logprobs."""
+        outputs = sample(*map(paddle.to_tensor, self.arrays()))
+        assert [x.dtype for x in outputs] == [paddle.int32, paddle.float32] * 2
+        return [x.numpy() for x in outputs]
 
 
-def tokens_of(logits, *parameters: dict, histories=None) -> list[int]:
+def tokens_of(logits, *parameters: dict, histories=None, biases=None) -> list[int]:
     """The tokens of rows with the same logits."""
-    return Rows([logits] * len(parameters), list(parameters), histories).sample()[0].tolist()
+    return Rows([logits] * len(parameters), list(parameters), histories, biases).sample()[0].tolist()
 
 
 def random_rows(count: int, vocabulary: int, seed: int) -> Rows:
@@ -49,10 +72,11 @@ def random_rows(count: int, vocabulary: int, seed: int) -> Rows:
     logits = rng.standard_normal((count, vocabulary)) * rng.choice([0.5, 3.0, 10.0], (count, 1))
     logits = np.where(rng.random((count, 1)) < 0.3, np.round(logits), logits)
     masked = rng.random((count, vocabulary)) < rng.choice([0.0, 0.5], (count, 1))
-    masked[np.arange(count), rng.integers(0, vocabulary, count)] = False
+    left = rng.integers(0, vocabulary, count)
+    masked[np.arange(count), left] = False
     logits[masked] = -np.inf
-    parameters, histories = [], []
-    for _ in range(count):
+    parameters, histories, biases = [], [], []
+    for s in range(count):
         history = rng.integers(0, vocabulary, rng.choice([0, 1, 30])).tolist()
         choices = {
             "temperature": rng.choice([0.0, 0.3, 1.0, 2.5]),
@@ -66,19 +90,25 @@ def random_rows(count: int, vocabulary: int, seed: int) -> Rows:
             "top_k": rng.choice([0, 1, 3, 50, vocabulary, vocabulary + 7]),
             "forced_token": rng.choice([-1] * 9 + [vocabulary - 1]),
             "prompt_len": rng.integers(0, len(history) + 1),
+            "top_logprobs": rng.choice([0, 0, 1, 5, MAX_TOP_LOGPROBS]),
         }
         parameters.append(choices)
         histories.append(history)
-    return Rows(logits, parameters, histories)
+        biased = rng.integers(0, vocabulary, rng.choice([0, 0, 1, 40])).tolist()
+        values = rng.choice([-np.inf, -2.5, 0.0, 1.0, 100.0], len(biased)).tolist()
+        biases.append({**dict(zip(biased, values, strict=True)), int(left[s]): 0.5} if biased else {})
+    return Rows(logits, parameters, histories, biases)
 
 
 @pytest.mark.parametrize(("count", "vocabulary"), [(40, 1), (200, 2), (300, 17), (300, 100), (100, 1000), (20, 32000)])
 def test_sample_is_the_reference(count, vocabulary):
     rows = random_rows(count, vocabulary, seed=vocabulary)
-    tokens, logprobs = rows.sample()
-    expected_tokens, expected_logprobs = reference.sample(*rows.arrays())
+    tokens, logprobs, top_ids, top_logprobs = rows.sample()
+    expected_tokens, expected_logprobs, expected_top_ids, expected_top_logprobs = reference.sample(*rows.arrays())
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_allclose(logprobs, expected_logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+    np.testing.assert_array_equal(top_ids, expected_top_ids)
+    np.testing.assert_allclose(top_logprobs, expected_top_logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
 
 
 def test_philox_has_its_published_answers():
@@ -171,7 +201,7 @@ def test_extreme_parameters_still_give_a_token():
         {"presence_penalty": -3e38, "frequency_penalty": -3e38, "temperature": 0.5},
         {"presence_penalty": 3e38, "frequency_penalty": 3e38},
     ]
-    tokens, logprobs = Rows([logits] * 6, extremes, [history] * 6).sample()
+    tokens, logprobs, *_ = Rows([logits] * 6, extremes, [history] * 6).sample()
     assert tokens[[0, 2, 4]].tolist() == [0, 0, 0]
     assert tokens[1] in (0, 1, 2)
     assert (tokens != 3).all()
@@ -182,7 +212,7 @@ def test_logprob_is_of_the_logits_as_given():
     logits = [1.0, 3.0, 2.0, -np.inf]
     exact = np.array(logits) - np.log(np.exp(logits).sum())
     forced = [{"forced_token": t, "temperature": 0.1, "top_k": 1} for t in range(4)]
-    tokens, logprobs = Rows([logits] * 4, forced, [[1]] * 4).sample()
+    tokens, logprobs, *_ = Rows([logits] * 4, forced, [[1]] * 4).sample()
     assert tokens.tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(logprobs, exact, rtol=0, atol=1e-6)
 
@@ -192,23 +222,19 @@ def test_neighbours_and_threads_do_not_change_a_bit():
     before = num_threads()
     try:
         set_num_threads(3)
-        tokens, logprobs = rows.sample()
+        together = rows.sample()
         set_num_threads(1)
         for s in range(60):
-            alone = Rows(rows.logits[s : s + 1], [{}])
-            alone.floats, alone.ints = rows.floats[s : s + 1], rows.ints[s : s + 1]
-            alone.history_ids = rows.history_ids[slice(*rows.history_offsets[s : s + 2])]
-            alone.history_offsets = np.array([0, len(alone.history_ids)], np.int32)
-            token, logprob = alone.sample()
-            assert (token[0], logprob[0]) == (tokens[s], logprobs[s])
+            for alone, batched in zip(rows.row(s).sample(), together, strict=True):
+                np.testing.assert_array_equal(alone[0], batched[s])
     finally:
         set_num_threads(before)
 
 
 def digest() -> str:
-    """SHA-256 of tokens and logprobs: compared between instruction sets."""
+    """SHA-256 of all that sampling gives: compared between instruction sets."""
     results = [random_rows(50, vocabulary, seed=8).sample() for vocabulary in (5, 1001)]
-    return hashlib.sha256(b"".join(x.tobytes() for pair in results for x in pair)).hexdigest()
+    return hashlib.sha256(b"".join(x.tobytes() for outputs in results for x in outputs)).hexdigest()
 
 
 def test_instruction_sets_agree():
@@ -218,9 +244,8 @@ def test_instruction_sets_agree():
 
 def test_no_rows_give_no_tokens():
     rows = Rows(np.zeros((0, 9)), [])
-    rows.floats, rows.ints = np.zeros((0, 6), np.float32), np.zeros((0, 5), np.int64)
-    tokens, logprobs = rows.sample()
-    assert tokens.shape == logprobs.shape == (0,)
+    rows.floats, rows.ints = np.zeros((0, 6), np.float32), np.zeros((0, 6), np.int64)
+    assert [x.shape for x in rows.sample()] == [(0,), (0,), (0, MAX_TOP_LOGPROBS), (0, MAX_TOP_LOGPROBS)]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +261,7 @@ def test_no_rows_give_no_tokens():
         ({"frequency_penalty": np.nan}, "row 1: frequency_penalty is nan, needs a finite number"),
         ({"top_k": -1}, r"row 1: top_k is -1, needs 0 \(off\) or more"),
         ({"forced_token": 4}, "row 1: forced_token is 4, needs a token below 4, or -1 for none"),
+        ({"top_logprobs": 21}, r"row 1: top_logprobs is 21, needs 0 \(none\) to 20"),
         ({"prompt_len": 3}, "row 1: prompt_len is 3, needs 0 to 2, the length of its history"),
     ],
 )
@@ -249,6 +275,44 @@ def test_parameters_are_refused_by_row_and_name(change, message):
 def test_logits_without_a_distribution_are_refused(bad, parameters):
     with pytest.raises(ValueError, match=r"row 1 of logits holds NaN or \+inf, or nothing but -inf"):
         Rows([[0, 1, 2], bad], [{}, parameters]).sample()
+
+
+def test_a_bias_that_masks_every_token_is_refused():
+    with pytest.raises(ValueError, match=r"row 1 of logits holds .* nothing but -inf \(its bias added\)"):
+        Rows([[0, 1], [0, 1]], [{}, {}], biases=[{}, {0: -np.inf, 1: -np.inf}]).sample()
+
+
+def test_biases_by_hand():
+    logits = [4.0, 3.0, -np.inf]
+    biases = [{}, {1: 1.5}, {0: -np.inf}, {2: 100.0}, {1: 3.4e38}]
+    tokens, logprobs, *_ = Rows([logits] * 5, [{}] * 5, biases=biases).sample()
+    assert tokens.tolist() == [0, 1, 1, 0, 1]
+    exact = np.array(logits) - np.log(np.exp(logits).sum())  # a bias does not change what the model thinks
+    np.testing.assert_allclose(logprobs, exact[tokens], rtol=0, atol=1e-6)
+    # It comes before the penalties: 4 + 3 and 3 + 3.5, halved or not.
+    penalised = {"repetition_penalty": 2.0}
+    assert tokens_of(logits, penalised, histories=[[0]], biases=[{0: 3.0, 1: 0.6}]) == [1]
+    # A token may come twice: both count.
+    twice = Rows([logits], [{}], biases=[{1: 0.6}])
+    twice.bias_ids, twice.bias_values = np.array([1, 1], np.int32), np.array([0.6, 0.6], np.float32)
+    twice.bias_offsets = np.array([0, 2], np.int32)
+    assert twice.sample()[0].tolist() == [1]
+
+
+def test_the_most_probable_tokens():
+    logits = np.full(200, -50.0)
+    logits[[150, 3, 77, 199]] = [5.0, 4.0, 5.0, 1.0]
+    wanted = [{"top_logprobs": k, "temperature": 1.0, "top_k": 1} for k in (0, 1, 3, 20)]
+    tokens, logprobs, top_ids, top_logprobs = Rows([logits] * 4, wanted, biases=[{}, {}, {}, {3: 9.0}]).sample()
+    assert (top_ids >= 0).sum(axis=1).tolist() == [0, 1, 3, 20]
+    assert top_ids[3, :5].tolist() == [77, 150, 3, 199, 0]
+    assert top_ids[2, :3].tolist() == [77, 150, 3]
+    assert (top_logprobs[top_ids < 0] == 0).all()
+    assert tokens[3] == 3
+    assert logprobs[3] == top_logprobs[3, 2]  # the same bits: the same distribution
+    # Masked tokens are no alternatives.
+    _, _, few, _ = Rows([[-np.inf, 2.0, -np.inf]], [{"top_logprobs": 3}]).sample()
+    assert few[0, :3].tolist() == [1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -266,10 +330,15 @@ def test_logits_without_a_distribution_are_refused(bad, parameters):
         ("history_offsets", np.array([0, 1, 3], np.int32), r"history_offsets\[2\] is 3, needs .* to 2, the size of"),
         ("history_ids", np.array([0, 4], np.int32), r"row 1: history_ids\[1\] is 4, needs a token, 0 to 3"),
         ("history_ids", np.array([-1, 0], np.int32), r"row 0: history_ids\[0\] is -1"),
+        ("bias_offsets", np.array([0, 2, 1], np.int32), r"bias_offsets\[2\] is 1, needs bias_offsets\[1\] = 2"),
+        ("bias_ids", np.array([0, 4], np.int32), r"row 1: bias_ids\[1\] is 4, needs a token, 0 to 3"),
+        ("bias_values", np.zeros(1, np.float32), r"bias_values has shape \[1\], needs \[2\]"),
+        ("bias_values", np.array([0, np.inf], np.float32), r"bias_values\[1\] is inf, needs a finite number, or -inf"),
+        ("bias_values", np.array([0, np.nan], np.float32), r"bias_values\[1\] is nan"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(name, value, message):
-    rows = Rows(np.zeros((2, 4)), [{}, {}], [[1], [2]])
+    rows = Rows(np.zeros((2, 4)), [{}, {}], [[1], [2]], [{0: 1.0}, {3: 2.0}])
     setattr(rows, name, value)
     with pytest.raises(ValueError, match=message):
         rows.sample()

@@ -1,19 +1,23 @@
 """The Python API: what it takes, what it gives back, what it refuses."""
 
+import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from predict.cache_size import cache_blocks, free_memory
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
+from predict.runner import bytes_per_token
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def llm(demo):
-    return LLM(demo, batch_size=2, total_max_length=64)
+    return LLM(demo, max_num_seqs=2, total_max_length=64)
 
 
 def test_a_text_texts_and_token_ids_are_the_same_prompt(llm):
@@ -35,10 +39,75 @@ def test_each_prompt_has_its_own_parameters(llm):
     assert together == [llm.generate(p, s)[0] for p, s in zip(["The", "A", "Return"], params, strict=True)]
 
 
-def test_on_token_sees_every_token_in_order(llm):
-    seen = {0: [], 1: [], 2: []}
-    completions = llm.generate(["The", "A", "Return"], SHORT, on_token=lambda i, token: seen[i].append(token))
-    assert [c.token_ids for c in completions] == list(seen.values())
+def test_a_stream_is_what_generate_gives(llm):
+    prompts = ["The", "A", "Return"]
+    streamed = list(llm.stream(prompts, SHORT))
+    for i, completion in enumerate(llm.generate(prompts, SHORT)):
+        deltas = [delta for of, delta in streamed if of == i]
+        assert len(deltas) == 5
+        assert "".join(d.text for d in deltas) == completion.text
+        assert [t for d in deltas for t in d.token_ids] == completion.token_ids
+        assert [d.finish_reason for d in deltas] == [None] * 4 + ["length"]
+    assert [i for i, _ in streamed][:3] == [0, 1, 0]  # two at a time
+
+
+def test_streams_may_be_open_at_the_same_time_or_left(llm):
+    expected = [llm.generate(p, SHORT)[0].token_ids for p in ("The", "Return")]
+    pairs = zip(llm.stream("The", SHORT), llm.stream("Return", SHORT), strict=True)
+    assert [
+        list(t) for t in zip(*((a.token_ids[0], b.token_ids[0]) for (_, a), (_, b) in pairs), strict=True)
+    ] == expected
+    for _ in llm.stream(["The", "A", "Return"], SHORT):
+        break
+    stats = llm.engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert llm.generate("The", SHORT)[0].token_ids == expected[0]
+
+
+def test_several_samples_of_each_prompt(llm):
+    drawn = SamplingParams(max_tokens=6, n=3, temperature=1.0, seed=4, ignore_eos=True)
+    completions = llm.generate(["The", "A"], drawn)
+    assert [c.index for c in completions] == [0, 1, 2] * 2
+    own = [SamplingParams(max_tokens=6, temperature=1.0, seed=4 + i, ignore_eos=True) for i in range(3)]
+    for i, prompt in enumerate(["The", "A"]):
+        assert [c.token_ids for c in completions[3 * i :][:3]] == [llm.generate(prompt, p)[0].token_ids for p in own]
+
+
+def test_the_most_probable_tokens_come_with_their_logprobs(llm):
+    [completion] = llm.generate("The", SamplingParams(max_tokens=5, logprobs=3, ignore_eos=True))
+    assert [len(top) for top in completion.top_logprobs] == [3] * 5
+    # Greedy: the most probable one was drawn; the same bits.
+    assert [top[0] for top in completion.top_logprobs] == list(
+        zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+    assert all(a >= b for top in completion.top_logprobs for (_, a), (_, b) in itertools.pairwise(top))
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    plain = SamplingParams(max_tokens=20, ignore_eos=True)
+    [completion] = llm.generate("This module provides", plain)
+    stop = completion.text[12:17]
+    assert completion.text.index(stop) == 12
+    [cut] = llm.generate("This module provides", SamplingParams(max_tokens=20, stop=stop, ignore_eos=True))
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (completion.text[:12], "stop", stop)
+    assert cut.token_ids == completion.token_ids[: len(cut.token_ids)]
+
+
+def test_a_bias_forbids_or_forces_a_token(llm):
+    [free] = llm.generate("The", SHORT)
+    banned = SamplingParams(max_tokens=5, ignore_eos=True, logit_bias={free.token_ids[0]: -100})
+    assert llm.generate("The", banned)[0].token_ids[0] != free.token_ids[0]
+    forced = SamplingParams(max_tokens=5, ignore_eos=True, logit_bias={77: 100})
+    assert llm.generate("The", forced)[0].token_ids == [77] * 5
+
+
+def test_end_of_sequence_waits_for_min_tokens(llm):
+    [eos] = llm.tokenizer.eos_token_ids
+    wants_to_end = {"logit_bias": {eos: 100}, "max_tokens": 9}
+    assert llm.generate("The", SamplingParams(**wants_to_end))[0].token_ids == [eos]
+    [completion] = llm.generate("The", SamplingParams(min_tokens=3, **wants_to_end))
+    assert completion.token_ids.index(eos) == 3
+    assert completion.finish_reason == "stop"
 
 
 def test_a_chat_is_the_conversation_in_the_checkpoints_template(llm):
@@ -47,6 +116,7 @@ def test_a_chat_is_the_conversation_in_the_checkpoints_template(llm):
     assert answer.prompt_token_ids == llm.encode_chat(question)
     assert llm.chat([question, question], SHORT) == [answer, answer]
     assert llm.generate([answer.prompt_token_ids], SHORT)[0].token_ids == answer.token_ids
+    assert "".join(delta.text for _, delta in llm.stream_chat(question, SHORT)) == answer.text
 
 
 def test_a_template_of_ones_own_replaces_the_checkpoints(demo):
@@ -63,10 +133,10 @@ def test_the_total_length_ends_a_sequence(llm):
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
     [
-        ([[]], None, "prompt 0 is empty"),
-        (["The", [1] * 64], None, "prompt 1 has 64 tokens, total_max_length is 64: no room for an answer"),
-        ([[1, 1536]], None, "prompt 0 holds token 1536, needs ids from 0 to 1535"),
-        ([[1, -1]], None, "prompt 0 holds token -1"),
+        ([[]], None, "prompt 0: the prompt is empty"),
+        (["The", [1] * 64], None, "prompt 1: the prompt has 64 tokens, total_max_length is 64: no room for an answer"),
+        ([[1, 1536]], None, "prompt 0: the prompt holds token 1536, needs ids from 0 to 1535"),
+        ([[1, -1]], None, "prompt 0: the prompt holds token -1"),
         ([1, 2, 3], None, "prompt 0 is 1, needs a text or a list of token ids"),
         ([[1.5]], None, "prompt 0 is [1.5], needs a text or a list of token ids"),
         (["a", "b"], [SHORT], "1 sampling_params for 2 prompts"),
@@ -97,11 +167,13 @@ def test_conversations_the_template_refuses(llm, messages, message):
         ({"mode": "eager"}, "mode is 'eager', needs 'dynamic' or 'static'"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
         ({"quant_type": "int4"}, "quant_type is 'int4', needs weight_only_int8"),
-        ({"batch_size": 0}, "batch_size is 0, needs a positive integer"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0, needs a positive integer"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, needs a positive integer"),
+        ({"kv_cache_memory": 1000}, "0.001 MB of KV cache hold no page: 64 tokens of"),
         ({"block_size": 0}, "block_size is 0, needs a positive integer"),
         ({"threads": 0}, "threads is 0, needs 1 to 1024"),
         ({"total_max_length": 2049}, "is 2049, needs 2 to 2048, the model's max_position_embeddings"),
-        ({"batch_size": 10**9}, "GB, more than this machine has"),
+        ({"kv_cache_memory": 10**15}, "kv_cache_memory is 1000000.000 GB, more than this machine has free"),
         ({"num_hidden_layers": 2}, "--num_hidden_layers is for dummy models"),
         ({"verify": True}, "verify is for exported folders"),
         ({"chat_template": "no such file"}, "chat template 'no such file' is neither"),
@@ -113,21 +185,22 @@ def test_options_that_do_not_fit_are_refused(demo, options, message):
     LLM(demo)  # and nothing stays behind
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens is 0, needs at least 1"),
-        ({"max_tokens": 1.5}, "max_tokens is 1.5, needs an integer"),
-        ({"temperature": "hot"}, "temperature is 'hot', needs a number"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 2**31}, "top_k is 2147483648, needs an integer from 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"min_p": -0.1}, "min_p is -0.1"),
-        ({"seed": -1}, "seed is -1, needs an integer from 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-        ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
-    ],
-)
-def test_sampling_parameters_out_of_range_are_named(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        SamplingParams(**options)
+def test_the_cache_takes_what_it_may_and_no_more_than_requests_can_use(demo, capsys):
+    llm = LLM(demo, max_num_seqs=3, total_max_length=100, block_size=16)
+    assert llm.runner.num_blocks == 3 * 7
+    tokens = f"KV cache: {21 * 16} tokens in 21 pages of 16, "
+    assert tokens in capsys.readouterr().err
+    page = 16 * bytes_per_token(llm.config, 1, llm.dtype)
+    small = LLM(demo, block_size=16, kv_cache_memory=5 * page + 1)
+    assert small.runner.num_blocks == 5
+    with pytest.raises(ValueError, match="need 6 KV cache blocks of 16 tokens, there are 5"):
+        small.generate([[7] * 80], SamplingParams(max_tokens=17))
+    free, size = 1000 * page, {"block_size": 16, "bytes_per_token": page // 16}
+    assert cache_blocks(None, free, **size, max_num_seqs=10**9, max_length=100) == 500
+    with pytest.raises(MemoryError, match="more than this machine has free for a rank"):
+        cache_blocks(free + 1, free, **size, max_num_seqs=1, max_length=100)
+
+
+def test_free_memory_is_that_of_the_machine_or_less():
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < free_memory() < total

@@ -72,9 +72,12 @@ USAGE = {
     "--temperature hot": "argument --temperature: invalid float value: 'hot'",
     **{
         f"--{flag} {value}": f"argument --{flag}: '{value}', needs an integer of at least 1"
-        for flag in ("threads", "batch_size", "block_size", "src_length", "max_length", "total_max_length")
+        for flag in ("threads", "block_size", "src_length", "max_length", "total_max_length", "max_num_batched_tokens")
         for value in (0, -1)
     },
+    "--batch_size 0": "argument --batch_size/--max_num_seqs: '0', needs an integer of at least 1",
+    "--kv_cache_memory 5X": "argument --kv_cache_memory: '5X', needs a number of bytes, such as 8G",
+    "--kv_cache_memory 0": "needs a number of bytes",
     "--num_hidden_layers 0": "needs an integer of at least 1",
     **{
         f"--{flag} ": f"argument --{flag}: '' is empty"
@@ -103,10 +106,11 @@ REFUSED = {
     "--dtype float16": "--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32",
     "--output_path x": "--output_path is where the exporter writes; the predictor writes answers to --output_file",
     "--threads 100000": "threads is 100000, needs 1 to 1024",
-    "--batch_size 1000000000": "more than this machine has; use a smaller --batch_size or --total_max_length",
+    "--kv_cache_memory 900T": "more than this machine has free for a rank",
+    "--kv_cache_memory 1K": "hold no page: 64 tokens of",
     "--max_length 100000": "is 101024, needs 2 to 2048, the model's max_position_embeddings; lower it",
     "--src_length 1 --prompt The": "row 0 has 2 tokens, --src_length is 1; raise it or shorten the text",
-    "--total_max_length 2 --prompt The": "prompt 0 has 2 tokens, total_max_length is 2: no room for an answer",
+    "--total_max_length 2 --prompt The": "prompt 0: the prompt has 2 tokens, total_max_length is 2: no room",
     "--temperature 0.5": "--temperature has no effect on greedy search; add --decode_strategy sampling",
     "--top_p 0.5": "--top_p has no effect on greedy search",
     "--top_k 5": "--top_k has no effect on greedy search",
@@ -132,6 +136,7 @@ REFUSED = {
         for flag, value in {
             **{"prompt": "a", "data_file": "a", "output_file": "a", "chat_template": "mixtral", "batch_size": 2},
             **{"src_length": 2, "max_length": 2, "total_max_length": 2, "decode_strategy": "sampling", "seed": 1},
+            **{"max_num_batched_tokens": 9, "kv_cache_memory": 9},
             **{"temperature": 1, "top_p": 1, "top_k": 1, "min_p": 0, "repetition_penalty": 1},
         }.items()
     },
@@ -152,6 +157,7 @@ def test_the_predictor_refuses_in_one_sentence(flags, capsys):
 FOR_THE_PREDICTOR = {
     **{"batch_size": "1", "src_length": "1", "max_length": "1", "total_max_length": "9", "data_file": "a"},
     **{"output_file": "a", "prompt": "a", "chat_template": "a", "decode_strategy": "sampling", "temperature": "1"},
+    **{"max_num_batched_tokens": "9", "kv_cache_memory": "9"},
     **{"top_p": "1", "top_k": "1", "min_p": "1", "repetition_penalty": "1", "seed": "1"},
 }
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from predict.engine.engine import Engine
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
 from tests.logits import logits_in_chunks, runner
@@ -74,8 +73,8 @@ def test_dynamic_static_and_a_fresh_process_agree(demo, exported, tmp_path, dtyp
 def test_tokens_do_not_depend_on_the_batch(demo, dtype, quant_type):
     prompts, params = requests(demo)
     prompts, params = prompts[:24], params[:24]
-    alone = outcome(LLM(demo, dtype=dtype, quant_type=quant_type, batch_size=1), prompts, params)
-    in_eights = LLM(demo, dtype=dtype, quant_type=quant_type, batch_size=8)
+    alone = outcome(LLM(demo, dtype=dtype, quant_type=quant_type, max_num_seqs=1), prompts, params)
+    in_eights = LLM(demo, dtype=dtype, quant_type=quant_type, max_num_seqs=8)
     assert outcome(in_eights, prompts, params) == alone
 
     order = np.random.default_rng(3).permutation(len(prompts)).tolist()
@@ -88,8 +87,13 @@ def test_tokens_do_not_depend_on_chunks_pages_or_threads(demo, budget, block_siz
     prompts, params = requests(demo)
     prompts, params = prompts[:8], params[:8]
     expected = outcome(LLM(demo, quant_type="weight_only_int8"), prompts, params)
-    llm = LLM(demo, quant_type="weight_only_int8", block_size=block_size, threads=threads)
-    llm.engine = Engine(llm.runner, llm.tokenizer.eos_token_ids, llm.total_max_length, max_num_batched_tokens=budget)
+    llm = LLM(
+        demo,
+        quant_type="weight_only_int8",
+        block_size=block_size,
+        threads=threads,
+        max_num_batched_tokens=budget,
+    )
     assert outcome(llm, prompts, params) == expected
 
 

@@ -29,61 +29,77 @@ void check_row(int64_t s, const float* floats, const int64_t* ints, int64_t V, i
        "a finite number (0: off)");
   need(ints[PM_TOP_K] >= 0, "top_k", ints[PM_TOP_K], "0 (off) or more");
   need(ints[PM_FORCED_TOKEN] < V, "forced_token", ints[PM_FORCED_TOKEN], "a token below ", V, ", or -1 for none");
+  need(ints[PM_TOP_LOGPROBS] >= 0 && ints[PM_TOP_LOGPROBS] <= PM_MAX_TOP_LOGPROBS, "top_logprobs", ints[PM_TOP_LOGPROBS],
+       "0 (none) to ", static_cast<int>(PM_MAX_TOP_LOGPROBS));
   need(ints[PM_PROMPT_LEN] >= 0 && ints[PM_PROMPT_LEN] <= seen, "prompt_len", ints[PM_PROMPT_LEN], "0 to ", seen,
        ", the length of its history");
 }
 
-void check_rows(const float* floats, const int64_t* ints, const int32_t* history_ids, const int32_t* history_offsets,
-                int64_t S, int64_t V, int64_t history_size) {
-  if (history_offsets[0] != 0) pm::fail(kOp, "history_offsets[0] is ", history_offsets[0], ", needs 0");
+// Refuses ragged rows of tokens that do not lie within `ids`, or tokens outside the vocabulary.
+void check_ragged(const std::string& name, const Tensor& ids, const Tensor& row_offsets, int64_t S, int64_t V) {
+  pm::check_tensor(kOp, (name + "_ids").c_str(), ids, {DataType::INT32}, {-1});
+  pm::check_tensor(kOp, (name + "_offsets").c_str(), row_offsets, {DataType::INT32}, {S + 1});
+  const int32_t *tokens = ids.data<int32_t>(), *offsets = row_offsets.data<int32_t>();
+  if (offsets[0] != 0) pm::fail(kOp, name, "_offsets[0] is ", offsets[0], ", needs 0");
   for (int64_t s = 0; s < S; ++s) {
-    const int64_t begin = history_offsets[s], end = history_offsets[s + 1];
-    if (end < begin || end > history_size)
-      pm::fail(kOp, "history_offsets[", s + 1, "] is ", end, ", needs history_offsets[", s, "] = ", begin, " to ",
-               history_size, ", the size of history_ids");
-    for (int64_t i = begin; i < end; ++i)
-      if (history_ids[i] < 0 || history_ids[i] >= V)
-        pm::fail(kOp, "row ", s, ": history_ids[", i, "] is ", history_ids[i], ", needs a token, 0 to ", V - 1);
-    check_row(s, floats + s * PM_SAMPLING_FLOATS, ints + s * PM_SAMPLING_INTS, V, end - begin);
+    if (offsets[s + 1] < offsets[s] || offsets[s + 1] > ids.numel())
+      pm::fail(kOp, name, "_offsets[", s + 1, "] is ", offsets[s + 1], ", needs ", name, "_offsets[", s, "] = ", offsets[s],
+               " to ", ids.numel(), ", the size of ", name, "_ids");
+    for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i)
+      if (tokens[i] < 0 || tokens[i] >= V)
+        pm::fail(kOp, "row ", s, ": ", name, "_ids[", i, "] is ", tokens[i], ", needs a token, 0 to ", V - 1);
   }
 }
 
 std::vector<Tensor> sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, const Tensor& history_ids,
-                           const Tensor& history_offsets) {
+                           const Tensor& history_offsets, const Tensor& bias_ids, const Tensor& bias_values,
+                           const Tensor& bias_offsets) {
   pm::check_tensor(kOp, "logits", logits, {DataType::FLOAT32}, {-1, -1});
   const int64_t S = logits.shape()[0], V = logits.shape()[1];
   if (V < 1 || V > INT32_MAX)
     pm::fail(kOp, "logits has ", V, " columns, needs one a token of the vocabulary, 1 to ", INT32_MAX);
   pm::check_tensor(kOp, "floats", floats, {DataType::FLOAT32}, {S, PM_SAMPLING_FLOATS});
   pm::check_tensor(kOp, "ints", ints, {DataType::INT64}, {S, PM_SAMPLING_INTS});
-  pm::check_tensor(kOp, "history_ids", history_ids, {DataType::INT32}, {-1});
-  pm::check_tensor(kOp, "history_offsets", history_offsets, {DataType::INT32}, {S + 1});
-  check_rows(floats.data<float>(), ints.data<int64_t>(), history_ids.data<int32_t>(), history_offsets.data<int32_t>(), S, V,
-             history_ids.numel());
+  check_ragged("history", history_ids, history_offsets, S, V);
+  check_ragged("bias", bias_ids, bias_offsets, S, V);
+  pm::check_tensor(kOp, "bias_values", bias_values, {DataType::FLOAT32}, {bias_ids.numel()});
+  const int32_t* seen = history_offsets.data<int32_t>();
+  for (int64_t s = 0; s < S; ++s)
+    check_row(s, floats.data<float>() + s * PM_SAMPLING_FLOATS, ints.data<int64_t>() + s * PM_SAMPLING_INTS, V,
+              seen[s + 1] - seen[s]);
+  for (int64_t i = 0; i < bias_offsets.data<int32_t>()[S]; ++i)
+    if (const float value = bias_values.data<float>()[i]; !(value < INFINITY))
+      pm::fail(kOp, "bias_values[", i, "] is ", value, ", needs a finite number, or -inf to mask the token");
 
   Tensor next_tokens = paddle::empty({S}, DataType::INT32, logits.place());
   Tensor logprobs = paddle::empty({S}, DataType::FLOAT32, logits.place());
-  const int status =
-      pm_cpu_sample(logits.data<float>(), floats.data<float>(), ints.data<int64_t>(), history_ids.data<int32_t>(),
-                    history_offsets.data<int32_t>(), next_tokens.data<int32_t>(), logprobs.data<float>(), S, V, nullptr);
+  Tensor top_ids = paddle::empty({S, PM_MAX_TOP_LOGPROBS}, DataType::INT32, logits.place());
+  Tensor top_logprobs = paddle::empty({S, PM_MAX_TOP_LOGPROBS}, DataType::FLOAT32, logits.place());
+  const int status = pm_cpu_sample(logits.data<float>(), floats.data<float>(), ints.data<int64_t>(),
+                                   history_ids.data<int32_t>(), seen, bias_ids.data<int32_t>(), bias_values.data<float>(),
+                                   bias_offsets.data<int32_t>(), next_tokens.data<int32_t>(), logprobs.data<float>(),
+                                   top_ids.data<int32_t>(), top_logprobs.data<float>(), S, V, nullptr);
   for (int64_t s = 0; status == PM_NOT_FINITE && s < S; ++s)
     if (next_tokens.data<int32_t>()[s] < 0)
-      pm::fail(kOp, "row ", s, " of logits holds NaN or +inf, or nothing but -inf; needs finite numbers (-inf: masked)");
+      pm::fail(kOp, "row ", s, " of logits holds NaN or +inf, or nothing but -inf (its bias added); needs finite numbers ",
+               "(-inf: masked)");
   pm::check_status(kOp, status);
-  return {next_tokens, logprobs};
+  return {next_tokens, logprobs, top_ids, top_logprobs};
 }
-std::vector<Shape> sample_shape(const Shape& logits, const Shape&, const Shape&, const Shape&, const Shape&) {
-  return {{logits[0]}, {logits[0]}};
+std::vector<Shape> sample_shape(const Shape& logits, const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
+                                const Shape&, const Shape&) {
+  return {{logits[0]}, {logits[0]}, {logits[0], PM_MAX_TOP_LOGPROBS}, {logits[0], PM_MAX_TOP_LOGPROBS}};
 }
-std::vector<DataType> sample_dtype(const DataType&, const DataType&, const DataType&, const DataType&, const DataType&) {
-  return {DataType::INT32, DataType::FLOAT32};
+std::vector<DataType> sample_dtype(const DataType&, const DataType&, const DataType&, const DataType&, const DataType&,
+                                   const DataType&, const DataType&, const DataType&) {
+  return {DataType::INT32, DataType::FLOAT32, DataType::INT32, DataType::FLOAT32};
 }
 
 }  // namespace
 
 PD_BUILD_OP(pm_sample)
-    .Inputs({"Logits", "Floats", "Ints", "HistoryIds", "HistoryOffsets"})
-    .Outputs({"NextTokens", "Logprobs"})
+    .Inputs({"Logits", "Floats", "Ints", "HistoryIds", "HistoryOffsets", "BiasIds", "BiasValues", "BiasOffsets"})
+    .Outputs({"NextTokens", "Logprobs", "TopIds", "TopLogprobs"})
     .SetKernelFn(PD_KERNEL(sample))
     .SetInferShapeFn(PD_INFER_SHAPE(sample_shape))
     .SetInferDtypeFn(PD_INFER_DTYPE(sample_dtype));

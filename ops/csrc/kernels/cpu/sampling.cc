@@ -1,7 +1,8 @@
 // Token sampling: include/sampling.h.
 //
 // Greedy rows need two passes over the logits: the largest, then the sum of exponentials for the log-probability. The rest
-// works on a row's own copy, and sorts only tokens that can be among top_p.
+// works on a row's own copy, and sorts only tokens that can be among top_p. Rows that ask for the most probable tokens pay
+// one more pass.
 #include "../include/sampling.h"
 
 #include <float.h>
@@ -88,8 +89,15 @@ double uniform(int64_t seed, int64_t position) {
   return static_cast<double>(((uint64_t{words[1]} << 32) | words[0]) >> 11) * 0x1p-53;
 }
 
-// Penalties keep a finite logit finite.
+// Biases and penalties keep a finite logit finite.
 inline float finite(float x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; }
+
+void add_bias(float* logits, const int32_t* ids, const float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float& l = logits[ids[i]];
+    if (l >= -FLT_MAX) l = values[i] < -FLT_MAX ? -INFINITY : finite(l + values[i]);
+  }
+}
 
 void penalise(float* logits, int64_t V, const float* floats, const int32_t* history, int64_t seen, int64_t prompt,
               int32_t* counts) {
@@ -189,10 +197,9 @@ int64_t draw(const float* weights, int64_t V, double u) {
   return last;  // not reached for u < 1: the last sum is the total
 }
 
-// One row's token, drawn from scratch.logits (already penalised).
-int64_t draw_row(const Scratch& scratch, int64_t V, const float* floats, const int64_t* ints) {
-  float *logits = scratch.logits, *weights = scratch.weights, largest;
-  find_largest(logits, V, &largest);
+// One row's token, drawn from scratch.logits (already biased and penalised), the largest of which is `largest`.
+int64_t draw_row(const Scratch& scratch, int64_t V, const float* floats, const int64_t* ints, float largest) {
+  float *logits = scratch.logits, *weights = scratch.weights;
   const F32x16 most = set1(largest), temperature = set1(floats[PM_TEMPERATURE]);
   for (int64_t i = 0; i < V; i += 16) {
     const int n = static_cast<int>(V - i < 16 ? V - i : 16);
@@ -213,41 +220,88 @@ int64_t draw_row(const Scratch& scratch, int64_t V, const float* floats, const i
   return draw(weights, V, uniform(ints[PM_SEED], ints[PM_POSITION]));
 }
 
-// False when the row holds no distribution (find_largest).
-bool sample_row(const float* logits, int64_t V, const float* floats, const int64_t* ints, const int32_t* history,
-                int64_t seen, const Scratch& scratch, int32_t* next_token, float* logprob) {
-  float largest;
-  if (!find_largest(logits, V, &largest)) {
-    *next_token = -1;
-    *logprob = NAN;
-    return false;
-  }
-  const bool penalised = seen > 0 && (floats[PM_REPETITION_PENALTY] != 1.0f || floats[PM_PRESENCE_PENALTY] != 0.0f ||
-                                      floats[PM_FREQUENCY_PENALTY] != 0.0f);
-  int64_t token = ints[PM_FORCED_TOKEN];
-  if (token < 0) {
-    const bool greedy = floats[PM_TEMPERATURE] == 0.0f;
-    if (penalised || !greedy) memcpy(scratch.logits, logits, static_cast<size_t>(V) * sizeof(float));
-    if (penalised) penalise(scratch.logits, V, floats, history, seen, ints[PM_PROMPT_LEN], scratch.counts);
-    if (!greedy) {
-      token = draw_row(scratch, V, floats, ints);
-    } else if (penalised) {
-      float most;
-      find_largest(scratch.logits, V, &most);
-      token = first_equal(scratch.logits, V, most);
-    } else {
-      token = first_equal(logits, V, largest);
+inline float log_probability(float logit, double log_sum) {
+  return static_cast<float>(static_cast<double>(logit) - log_sum);
+}
+
+// The `wanted` largest logits above -inf, in decreasing order, equals in increasing index; -1 and 0 where there are no more.
+void find_top(const float* logits, int64_t V, int wanted, double log_sum, int32_t* ids, float* logprobs) {
+  constexpr int64_t kStep = 64;
+  float top[PM_MAX_TOP_LOGPROBS];
+  int found = 0;
+  for (int64_t begin = 0; begin < V && wanted > 0; begin += kStep) {
+    const int64_t end = V - begin < kStep ? V : begin + kStep;
+    const float limit = found < wanted ? -INFINITY : top[wanted - 1];
+    int enters = 0;
+    for (int64_t i = begin; i < end; ++i) enters |= logits[i] > limit;
+    if (!enters) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      const float l = logits[i];
+      if (!(l > (found < wanted ? -INFINITY : top[wanted - 1]))) continue;
+      int place = found < wanted ? found++ : wanted - 1;
+      for (; place > 0 && top[place - 1] < l; --place) {
+        top[place] = top[place - 1];
+        ids[place] = ids[place - 1];
+      }
+      top[place] = l;
+      ids[place] = static_cast<int32_t>(i);
     }
   }
-  *next_token = static_cast<int32_t>(token);
-  *logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, V, largest));
+  for (int i = 0; i < PM_MAX_TOP_LOGPROBS; ++i) {
+    logprobs[i] = i < found ? log_probability(top[i], log_sum) : 0.0f;
+    if (i >= found) ids[i] = -1;
+  }
+}
+
+// What one row is asked and answers.
+struct Row {
+  const float *logits, *floats;
+  const int64_t* ints;
+  const int32_t* history;
+  int64_t seen;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  int64_t biases;
+  int32_t* next_token;
+  float* logprob;
+  int32_t* top_ids;
+  float* top_logprobs;
+};
+
+// The row's token; -1 when its bias leaves none.
+int64_t choose(const Row& row, int64_t V, float largest, const Scratch& scratch) {
+  const float* const floats = row.floats;
+  const bool penalised = row.seen > 0 && (floats[PM_REPETITION_PENALTY] != 1.0f || floats[PM_PRESENCE_PENALTY] != 0.0f ||
+                                          floats[PM_FREQUENCY_PENALTY] != 0.0f);
+  const bool greedy = floats[PM_TEMPERATURE] == 0.0f;
+  if (greedy && !penalised && row.biases == 0) return first_equal(row.logits, V, largest);
+  memcpy(scratch.logits, row.logits, static_cast<size_t>(V) * sizeof(float));
+  add_bias(scratch.logits, row.bias_ids, row.bias_values, row.biases);
+  if (penalised) penalise(scratch.logits, V, floats, row.history, row.seen, row.ints[PM_PROMPT_LEN], scratch.counts);
+  float most;
+  if (!find_largest(scratch.logits, V, &most)) return -1;
+  return greedy ? first_equal(scratch.logits, V, most) : draw_row(scratch, V, floats, row.ints, most);
+}
+
+// False when the row holds no distribution (find_largest).
+bool sample_row(const Row& row, int64_t V, const Scratch& scratch) {
+  float largest;
+  int64_t token = -1;
+  if (find_largest(row.logits, V, &largest))
+    token = row.ints[PM_FORCED_TOKEN] >= 0 ? row.ints[PM_FORCED_TOKEN] : choose(row, V, largest, scratch);
+  *row.next_token = static_cast<int32_t>(token);
+  if (token < 0) return false;
+  const double log_sum = log_sum_exp(row.logits, V, largest);
+  *row.logprob = log_probability(row.logits[token], log_sum);
+  find_top(row.logits, V, static_cast<int>(row.ints[PM_TOP_LOGPROBS]), log_sum, row.top_ids, row.top_logprobs);
   return true;
 }
 
 }  // namespace
 
 int sample(const float* logits, const float* floats, const int64_t* ints, const int32_t* history_ids,
-           const int32_t* history_offsets, int32_t* next_tokens, float* logprobs, int64_t S, int64_t V, void*) {
+           const int32_t* history_offsets, const int32_t* bias_ids, const float* bias_values, const int32_t* bias_offsets,
+           int32_t* next_tokens, float* logprobs, int32_t* top_ids, float* top_logprobs, int64_t S, int64_t V, void*) {
   int status = PM_OK;
 #pragma omp parallel num_threads(pm_num_threads()) if (S > 1)
   {
@@ -265,10 +319,20 @@ int sample(const float* logits, const float* floats, const int64_t* ints, const 
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t s = 0; s < S; ++s) {
-      const int64_t begin = history_offsets[s], seen = history_offsets[s + 1] - begin;
-      const bool done = memory && sample_row(logits + s * V, V, floats + s * PM_SAMPLING_FLOATS, ints + s * PM_SAMPLING_INTS,
-                                             history_ids + begin, seen, scratch, next_tokens + s, logprobs + s);
-      if (!done) {
+      const int64_t seen = history_offsets[s], bias = bias_offsets[s];
+      const Row row = {.logits = logits + s * V,
+                       .floats = floats + s * PM_SAMPLING_FLOATS,
+                       .ints = ints + s * PM_SAMPLING_INTS,
+                       .history = history_ids + seen,
+                       .seen = history_offsets[s + 1] - seen,
+                       .bias_ids = bias_ids + bias,
+                       .bias_values = bias_values + bias,
+                       .biases = bias_offsets[s + 1] - bias,
+                       .next_token = next_tokens + s,
+                       .logprob = logprobs + s,
+                       .top_ids = top_ids + s * PM_MAX_TOP_LOGPROBS,
+                       .top_logprobs = top_logprobs + s * PM_MAX_TOP_LOGPROBS};
+      if (!memory || !sample_row(row, V, scratch)) {
 #pragma omp atomic write
         status = memory ? PM_NOT_FINITE : PM_OUT_OF_MEMORY;
       }
@@ -283,5 +347,7 @@ int sample(const float* logits, const float* floats, const int64_t* ints, const 
 
 PM_EXPORT(sample,
           (const float* logits, const float* floats, const int64_t* ints, const int32_t* history_ids,
-           const int32_t* history_offsets, int32_t* next_tokens, float* logprobs, int64_t S, int64_t V, void* stream),
-          (logits, floats, ints, history_ids, history_offsets, next_tokens, logprobs, S, V, stream))
+           const int32_t* history_offsets, const int32_t* bias_ids, const float* bias_values, const int32_t* bias_offsets,
+           int32_t* next_tokens, float* logprobs, int32_t* top_ids, float* top_logprobs, int64_t S, int64_t V, void* stream),
+          (logits, floats, ints, history_ids, history_offsets, bias_ids, bias_values, bias_offsets, next_tokens, logprobs,
+           top_ids, top_logprobs, S, V, stream))

@@ -2,15 +2,21 @@
 //
 // SHAPES      logits [S, V] float32
 //             floats [S, 6] float32: temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
-//             ints [S, 5] int64: seed, position, top_k, forced_token, prompt_len
+//             ints [S, 6] int64: seed, position, top_k, forced_token, prompt_len, top_logprobs (0 .. 20)
 //             history_ids [at least history_offsets[S]] int32, history_offsets [S + 1] int32: row s has seen the tokens
 //             history_ids[history_offsets[s] .. history_offsets[s + 1] - 1], the first prompt_len of which are its prompt
 //             (an empty history switches the penalties off)
-//             next_tokens [S] int32, logprobs [S] float32. Logits may be -inf (masked). A row that holds NaN or +inf, or
-//             nothing above -inf, has no answer: its token is -1 and the call returns PM_NOT_FINITE
+//             bias_ids int32, bias_values float32 (finite or -inf), both [at least bias_offsets[S]], bias_offsets [S + 1]
+//             int32: what row s adds to the logits of tokens bias_ids[bias_offsets[s] .. bias_offsets[s + 1] - 1]
+//             next_tokens [S] int32, logprobs [S] float32, top_ids [S, 20] int32, top_logprobs [S, 20] float32. Logits may
+//             be -inf (masked). A row that holds NaN or +inf, or nothing above -inf with its bias or without, has no answer:
+//             its token is -1 and the call returns PM_NOT_FINITE
 // DEFINITION  logprobs = log_softmax(logits)[token] of the logits as given: what the model thinks, whatever the sampler
 // does.
+//             top_ids, top_logprobs: the row's top_logprobs most probable tokens by the same distribution, in decreasing
+//             probability, ties to the lower index; -1 and 0 where none is wanted, or no more tokens are above -inf
 //             forced_token >= 0: that token is the answer (scoring). Else, in this order:
+//             0 bias: l + value for each of the row's biases, in their order; finite sums stay finite (clamped)
 //             1 penalties: every token seen: l > 0 ? l / repetition_penalty : l * repetition_penalty; every token generated
 //               (seen after the prompt): l - presence_penalty - count * frequency_penalty; a finite l stays finite (clamped)
 //             2 temperature 0: the largest l, ties to the lower index. Else (l - the largest l) / temperature, which is
@@ -47,10 +53,13 @@ enum {
   PM_FREQUENCY_PENALTY,
   PM_SAMPLING_FLOATS
 };
-enum { PM_SEED, PM_POSITION, PM_TOP_K, PM_FORCED_TOKEN, PM_PROMPT_LEN, PM_SAMPLING_INTS };
+enum { PM_SEED, PM_POSITION, PM_TOP_K, PM_FORCED_TOKEN, PM_PROMPT_LEN, PM_TOP_LOGPROBS, PM_SAMPLING_INTS };
+enum { PM_MAX_TOP_LOGPROBS = 20 };
 
 int pm_cpu_sample(const float* logits, const float* floats, const int64_t* ints, const int32_t* history_ids,
-                  const int32_t* history_offsets, int32_t* next_tokens, float* logprobs, int64_t S, int64_t V, void* stream);
+                  const int32_t* history_offsets, const int32_t* bias_ids, const float* bias_values,
+                  const int32_t* bias_offsets, int32_t* next_tokens, float* logprobs, int32_t* top_ids, float* top_logprobs,
+                  int64_t S, int64_t V, void* stream);
 
 #ifdef __cplusplus
 }
