@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from predict.engine.engine import Delta, Engine
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
+from predict.model.tokenizer import load_tokenizer
 from tests.logits import logits_in_chunks, runner
 from tests.ops.instruction_sets import available
+from tests.predict.invariants import check_invariants
 
 KINDS = [("bfloat16", None), ("bfloat16", "weight_only_int8"), ("float32", None)]
 PROMPTS = 200
@@ -69,24 +72,108 @@ def test_dynamic_static_and_a_fresh_process_agree(demo, exported, tmp_path, dtyp
     assert len({tuple(tokens) for tokens, _, _ in dynamic}) > PROMPTS * 0.9
 
 
+def varied_requests(demo) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of which many begin alike, and of a page's length, with everything that can be asked of a request."""
+    text = (demo / "eval.txt").read_text(encoding="utf-8")
+    tokens = load_tokenizer(demo).encode(text[:4000])
+    random = np.random.default_rng(11)
+    # 64 tokens are a page of the exported program: prompts that end before, at and after the end of one.
+    lengths = [1, 2, 17, 63, 64, 65, 127, 128, 129, 150, *random.integers(1, 170, 8).tolist()]
+    found = []
+    for i, length in enumerate(lengths):
+        start = 0 if i % 3 else int(random.integers(0, 400))
+        options: dict = {"max_tokens": int(random.integers(1, NEW_TOKENS)), "ignore_eos": bool(i % 2)}
+        if i % 2:
+            options |= {"temperature": float(random.uniform(0.5, 1.5)), "seed": i, "top_k": 40, "n": 1 + i % 3}
+        if i % 3 == 1:
+            options |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1}
+        if i % 4 == 1:
+            options |= {"logprobs": 5, "logit_bias": {int(t): 4.0 for t in tokens[:50:7]}}
+        if i % 5 == 1:
+            options |= {"stop": (" the", "e"), "stop_token_ids": tuple(tokens[:3])}
+            options |= {"min_tokens": min(2, options["max_tokens"])}
+        found.append((tokens[start : start + length], SamplingParams(**options)))
+    return found
+
+
+def run_alone(engine: Engine, requests) -> dict[tuple[int, int], list[Delta]]:
+    """What each sample of each request gets while nothing else runs."""
+    deltas: dict[tuple[int, int], list[Delta]] = {}
+    for i, (prompt, params) in enumerate(requests):
+        engine.add(str(i), prompt, params)
+        while engine.has_work:
+            for delta in engine.step():
+                deltas.setdefault((i, delta.index), []).append(delta)
+    return deltas
+
+
+def run_crowded(engine: Engine, requests, seed: int) -> dict[tuple[int, int], list[Delta]]:
+    """The same while requests come in any order at any step, beside others that are aborted in any state."""
+    random = np.random.default_rng(seed)
+    coming = [(f"{kind}{i}", i) for i in range(len(requests)) for kind in ("stays", "leaves")]
+    random.shuffle(coming)
+    leaving: list[str] = []
+    deltas: dict[tuple[int, int], list[Delta]] = {}
+    while coming or engine.has_work:
+        while coming and random.random() < 0.4:
+            request_id, i = coming.pop()
+            engine.add(request_id, *requests[i])
+            if request_id.startswith("leaves"):
+                leaving.append(request_id)
+        if leaving and random.random() < 0.4:
+            engine.abort(leaving.pop(int(random.integers(len(leaving)))))
+        for delta in engine.step():
+            if delta.request_id.startswith("stays"):
+                deltas.setdefault((int(delta.request_id[5:]), delta.index), []).append(delta)
+        check_invariants(engine)
+    return deltas
+
+
+def told(deltas: dict[tuple[int, int], list[Delta]]) -> dict[tuple[int, int], list[tuple]]:
+    """All that a listener hears and that may not depend on others: not what was found in the cache."""
+    return {
+        sample: [(d.token_ids, d.logprobs, d.top_logprobs, d.text, d.finish_reason, d.stop_reason) for d in heard]
+        for sample, heard in deltas.items()
+    }
+
+
 @pytest.mark.parametrize(("dtype", "quant_type"), KINDS)
-def test_tokens_do_not_depend_on_the_batch(demo, dtype, quant_type):
-    prompts, params = requests(demo)
-    prompts, params = prompts[:24], params[:24]
-    alone = outcome(LLM(demo, dtype=dtype, quant_type=quant_type, max_num_seqs=1), prompts, params)
-    in_eights = LLM(demo, dtype=dtype, quant_type=quant_type, max_num_seqs=8)
-    assert outcome(in_eights, prompts, params) == alone
+def test_tokens_depend_on_the_request_alone(demo, exported, dtype, quant_type):
+    """Law 1 over random schedules: batched, shuffled, chunked, preempted, prefix-hit, beside aborted neighbours."""
+    requests = varied_requests(demo)
+    dynamic = LLM(demo, dtype=dtype, quant_type=quant_type, threads=1)
+    static = LLM(exported(dtype, quant_type), threads=1)
+    small_pages = LLM(demo, dtype=dtype, quant_type=quant_type, threads=1, block_size=8)
+    dynamic.prefix_caching = False
+    alone = run_alone(dynamic.new_engine(dynamic.runner), requests)
+    dynamic.prefix_caching = True
+    expected = told(alone)
+    assert {heard[-1].finish_reason for heard in alone.values()} == {"stop", "length"}
+    assert {type(heard[-1].stop_reason) for heard in alone.values()} >= {str, int}
 
-    order = np.random.default_rng(3).permutation(len(prompts)).tolist()
-    shuffled = outcome(in_eights, [prompts[i] for i in order], [params[i] for i in order])
-    assert shuffled == [alone[i] for i in order]
+    preemptions = hits = 0
+    for seed, llm in enumerate([dynamic, static, small_pages, static, dynamic]):
+        random = np.random.default_rng(seed)
+        # Just enough pages for the longest request, or a few more.
+        needed = -(-(170 + NEW_TOKENS) // llm.runner.block_size)
+        llm.runner.num_blocks = needed + int(random.integers(0, needed))
+        llm.max_num_batched_tokens = int(random.choice([3, 20, 70, 400]))
+        llm.max_num_seqs = int(random.integers(3, 12))
+        engine = llm.new_engine(llm.runner)
+        assert told(run_crowded(engine, requests, seed)) == expected
+        stats = engine.stats()
+        preemptions += stats.preemptions
+        hits += stats.prefix_hit_tokens
+        assert stats.blocks_free + stats.blocks_cached == llm.runner.num_blocks
+    assert preemptions > 0
+    assert hits > 0
 
 
-@pytest.mark.parametrize(("budget", "block_size", "threads"), [(1, 64, 2), (7, 16, 1), (50, 8, 2), (2048, 128, 3)])
+@pytest.mark.parametrize(("budget", "block_size", "threads"), [(1, 64, 1), (7, 16, 1), (50, 8, 2), (2048, 128, 3)])
 def test_tokens_do_not_depend_on_chunks_pages_or_threads(demo, budget, block_size, threads):
     prompts, params = requests(demo)
     prompts, params = prompts[:8], params[:8]
-    expected = outcome(LLM(demo, quant_type="weight_only_int8"), prompts, params)
+    expected = outcome(LLM(demo, quant_type="weight_only_int8", threads=1), prompts, params)
     llm = LLM(
         demo,
         quant_type="weight_only_int8",
