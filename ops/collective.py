@@ -7,15 +7,18 @@ process joins its group once, before the first of them runs.
 import ctypes
 import os
 
+import numpy as np
 import paddle
 
 from ops.library import LIBRARY, run
 
 MAX_RANKS = 16  # PM_MAX_RANKS of ops/csrc/kernels/include/collective.h
+LOST = "another rank of this job died or did not answer in time; see its log (log/workerlog.*)"
 PEER_LOST = 2  # PM_PEER_LOST of ops/csrc/kernels/include/common.h
 
 LIBRARY.pm_cpu_group_join.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_double, ctypes.c_double]
 LIBRARY.pm_cpu_group_leave.restype = None
+LIBRARY.pm_cpu_broadcast.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 
 
 def all_reduce(x: paddle.Tensor, world_size: int) -> paddle.Tensor:
@@ -49,6 +52,39 @@ def all_gather(x: paddle.Tensor, world_size: int) -> paddle.Tensor:
         ValueError: as :func:`all_reduce` does.
     """
     return x if world_size == 1 else run("pm_all_gather", x, world_size)[0]
+
+
+def broadcast(array: np.ndarray) -> None:
+    """Copies rank 0's bytes into the arrays of the other ranks, which have as many; not part of a program.
+
+    A rank waits here without using the processor, for as long as the group's ``step_timeout_s`` allows.
+
+    Args:
+        array: C-contiguous; written to on every rank but the first.
+
+    Raises:
+        ValueError: the array cannot be written in place, or as :func:`all_reduce` does.
+    """
+    if not array.flags.carray:
+        raise ValueError("broadcast: the array is not a contiguous one that can be written to; give a copy")
+    status = LIBRARY.pm_cpu_broadcast(array.ctypes.data, array.nbytes, None)
+    if status == PEER_LOST:
+        raise ValueError(f"broadcast: {LOST}")
+    if status != 0:
+        raise ValueError(
+            f"broadcast: status {status}: this process has joined no group, or the ranks called different operators or "
+            "sizes; give every rank the same command and artefact"
+        )
+
+
+def check_group() -> None:
+    """Returns at once, if all ranks live.
+
+    Raises:
+        ValueError: one has died or left.
+    """
+    if not LIBRARY.pm_cpu_group_alive():
+        raise ValueError(LOST)
 
 
 def join_group(name: str, rank: int, world_size: int, timeout_s: float, step_timeout_s: float = 600.0) -> None:

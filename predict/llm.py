@@ -58,25 +58,36 @@ class Collector:
     """Puts the Deltas of one sample together again."""
 
     def __init__(self, prompt_token_ids: list[int], index: int):
-        self.prompt_token_ids, self.index = prompt_token_ids, index
-        self.deltas: list[Delta] = []
+        self._prompt_token_ids, self._index = prompt_token_ids, index
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[list[tuple[int, float]]] | None = None
+        self._finish_reason: str | None = None
+        self._stop_reason: str | int | None = None
 
     def add(self, delta: Delta) -> None:
         """The next one."""
-        self.deltas.append(delta)
+        self._text.append(delta.text)
+        self._token_ids += delta.token_ids
+        self._logprobs += delta.logprobs
+        if delta.top_logprobs is not None:
+            if self._top_logprobs is None:
+                self._top_logprobs = []
+            self._top_logprobs += delta.top_logprobs
+        self._finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
 
     def completion(self) -> Completion:
         """What they add up to, the last one having come."""
-        last = self.deltas[-1]
         return Completion(
-            prompt_token_ids=self.prompt_token_ids,
-            index=self.index,
-            text="".join(d.text for d in self.deltas),
-            token_ids=[t for d in self.deltas for t in d.token_ids],
-            logprobs=[x for d in self.deltas for x in d.logprobs],
-            top_logprobs=None if last.top_logprobs is None else [x for d in self.deltas for x in d.top_logprobs or ()],
-            finish_reason=last.finish_reason or "length",
-            stop_reason=last.stop_reason,
+            prompt_token_ids=self._prompt_token_ids,
+            index=self._index,
+            text="".join(self._text),
+            token_ids=self._token_ids,
+            logprobs=self._logprobs,
+            top_logprobs=self._top_logprobs,
+            finish_reason=cast(str, self._finish_reason),
+            stop_reason=self._stop_reason,
         )
 
 
@@ -303,7 +314,7 @@ class LLM:
 
     def score(self, token_ids: list[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
-        self.check_prompt(0, token_ids)
+        self.check_prompt(0, token_ids, SamplingParams(max_tokens=1))
         return self.engine.score(token_ids)
 
     def complete(

@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
             file=sys.stderr,
         )
     chat = args.chat_template not in (None, "none")
-    prompts = [_encode(llm, row, chat, src_length) for row in rows]
+    prompts = [_encode(llm, row, chat, src_length, params) for row in rows]
     with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else nullcontext() as output:
         _answer(llm, rows, prompts, params, chat, output, first)
 
@@ -107,7 +107,7 @@ def _total_max_length(args: argparse.Namespace, src_length: int, params: Samplin
     return None if args.src_length is None and args.max_length is None else src_length + params.max_tokens
 
 
-def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
+def _encode(llm: LLM, row: Row, chat: bool, src_length: int, params: SamplingParams) -> list[int]:
     try:
         ids = llm.encode_chat([{"role": "user", "content": row.src}]) if chat else llm.tokenizer.encode(row.src)
     except ValueError as error:
@@ -116,7 +116,7 @@ def _encode(llm: LLM, row: Row, chat: bool, src_length: int) -> list[int]:
         raise ValueError(
             f"row {row.id} has {len(ids)} tokens, --src_length is {src_length}; raise it or shorten the text"
         )
-    llm.check_prompt(row.id, ids)
+    llm.check_prompt(row.id, ids, params)
     return ids
 
 
@@ -133,7 +133,7 @@ def _answer(
     alone = len(rows) == 1 and first
     if alone:
         print(rows[0].src, end="\n" if chat else "", flush=True)
-    collectors = [Collector(prompt, 0) for prompt in prompts]
+    collectors = {i: Collector(prompt, 0) for i, prompt in enumerate(prompts)}
     done: set[int] = set()
     written = 0
     with progress("generating", len(rows), "row", first and not alone) as bar:
@@ -145,7 +145,7 @@ def _answer(
                 done.add(i)
                 bar.update(1)
             while written in done:
-                row, completion = rows[written], collectors[written].completion()
+                row, completion = rows[written], collectors.pop(written).completion()
                 if first and not alone and output is None:
                     print(f"[{row.id}] {row.src}{'' if not chat else chr(10)}{completion.text}\n")
                 if output is not None:

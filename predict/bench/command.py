@@ -25,6 +25,7 @@ from predict.command import run_command
 from predict.llm import LLM
 from predict.parallel import Ranks, barrier
 from predict.progress import progress
+from predict.runner import bytes_per_token
 
 MODEL_FLAGS = ("mode", "dtype", "quant_type", "block_size", "num_hidden_layers", "threads")
 MEASUREMENT_FLAGS = ("prompt_len", "gen_len", "batch_size", "context_len", "batch_context_len", "repeat")
@@ -101,12 +102,15 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
 def _open(options: Options, plan: Plan, ranks: Ranks) -> LLM:
     """The model, with at least the pages of KV cache the plan needs."""
     pages_each = -(-plan.longest // plan.block_size)
+    max_num_seqs = -(-plan.num_pages // pages_each)
+    page_bytes = plan.block_size * bytes_per_token(plan.config, ranks.world_size, plan.dtype)
     return LLM(
         options.model,
         mode="static" if plan.static else "dynamic",
         dtype=options.dtype,
         quant_type=options.quant_type,
-        batch_size=-(-plan.num_pages // pages_each),
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory=max_num_seqs * pages_each * page_bytes,
         total_max_length=plan.longest,
         block_size=options.block_size,
         threads=options.threads,

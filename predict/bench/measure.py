@@ -130,7 +130,7 @@ class Bench:
 
     def _sequence(self, length: int, pages: range) -> Sequence:
         sequence = Sequence(self._tokens(length), SamplingParams(ignore_eos=True))
-        sequence.block_ids = list(pages)
+        sequence.block_ids.extend(pages)
         return sequence
 
     def _tokens(self, count: int) -> list[int]:

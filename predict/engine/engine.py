@@ -217,13 +217,13 @@ class Engine:
     def step(self) -> list[Delta]:
         """Runs one step, if there is anything to compute; one Delta for every token drawn and every aborted sample.
 
-        An error of the runner leaves the engine as it was before the step.
+        After an error of the runner the step can be run again, or its requests aborted.
         """
-        deltas, self._aborted = self._aborted, []
         chunks = self.scheduler.schedule()
-        if not chunks:
+        result = self.runner.step(pack(chunks)) if chunks else None
+        deltas, self._aborted = self._aborted, []
+        if result is None:
             return deltas
-        result = self.runner.step(pack(chunks))
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
         block_size, row = self.block_manager.block_size, 0
         for chunk in chunks:

@@ -15,7 +15,7 @@ import paddle
 import pytest
 
 from ops import reference
-from ops.collective import all_gather, all_reduce, group, join_group, leave_group
+from ops.collective import all_gather, all_reduce, broadcast, check_group, group, join_group, leave_group
 
 # A server that has imported the operators forks each rank: real processes without seconds of importing for every one.
 RANKS = multiprocessing.get_context("forkserver")
@@ -97,6 +97,77 @@ def large_reduce(name, rank, world, n):
 )
 def test_sums_of_any_size_are_added_in_rank_order_and_leave_x_alone(world, n):
     assert run_ranks(large_reduce, world, n) == [True] * world
+
+
+def broadcasts(name, rank, world):
+    join_group(name, rank, world, JOIN_TIMEOUT)
+    right = []
+    # Around the 2^18 bytes of a slot, in turns with other calls, and types that are no float32.
+    for size in (0, 1, 3, 2**18 - 1, 2**18, 2**18 + 1, 10**6, 8, 8, 2**19):
+        expected = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+        array = expected.copy() if rank == 0 else np.zeros(size, np.uint8)
+        broadcast(array)
+        right.append(np.array_equal(array, expected) and all_reduce(paddle.ones([3]), world).tolist() == [world] * 3)
+    array = np.full([2, 3], 2.0**60 + rank)
+    broadcast(array)
+    return all(right) and (array == 2.0**60).all()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_broadcast_carries_the_bytes_of_rank_0(world):
+    assert run_ranks(broadcasts, world) == [True] * world
+
+
+def waits_long(name, rank, world):
+    join_group(name, rank, world, JOIN_TIMEOUT, step_timeout_s=np.inf)
+    if rank == 0:
+        time.sleep(3)
+        broadcast(np.zeros(8))
+        return 0.0
+    before = time.process_time()
+    broadcast(np.ones(8))
+    return time.process_time() - before
+
+
+def test_a_rank_that_waits_leaves_the_processor_alone():
+    # It polls: often in the first second, when the next step may come, a thousand times a second afterwards.
+    assert run_ranks(waits_long, 2)[1] < 0.6
+
+
+def repeat(call, seconds=10.0):
+    """Calls again and again until the call raises, or that time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        call()
+
+
+def check_after_a_death(name, rank, world):
+    join_group(name, rank, world, JOIN_TIMEOUT)
+    check_group()
+    all_reduce(paddle.ones([1]), world)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="another rank of this job died"):
+        repeat(check_group)
+    with pytest.raises(ValueError, match="broadcast: another rank of this job died"):
+        broadcast(np.zeros(3))
+    return time.monotonic() - start
+
+
+def test_a_death_can_be_noticed_without_a_call_to_the_others():
+    assert run_ranks(check_after_a_death, 2, silent=[1])[0] < 3
+
+
+def test_without_a_group_there_is_nobody_to_lose_or_tell():
+    check_group()
+    with pytest.raises(ValueError, match="broadcast: status 3: this process has joined no group"):
+        broadcast(np.zeros(3))
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    for array in (np.zeros([4, 4])[:, 0], frozen):
+        with pytest.raises(ValueError, match="broadcast: the array is not a contiguous one that can be written to"):
+            broadcast(array)
 
 
 def rejoin(name, rank, world):

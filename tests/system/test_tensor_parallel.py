@@ -15,6 +15,7 @@ from predict.model.memory import host_view
 from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.model.source import find_model
 from predict.model.weights import load
+from predict.runner import bytes_per_token
 from tests.logits import all_logits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,43 @@ def test_logits_of_several_ranks_are_those_of_one(demo, tmp_path, name, ranks):
     for other in shards[1:]:
         np.testing.assert_array_equal(other, shards[0])
     assert np.abs(shards[0] - alone).max() <= 1e-4
+
+
+SERVE = """
+import json, math, sys
+from predict import parallel
+from predict.engine.request import SamplingParams
+from predict.followers import RankedRunner, follow
+from predict.llm import LLM
+
+def main(ranks):
+    llm = LLM(sys.argv[1], threads=1, kv_cache_memory=1 << (24 + ranks.rank), ranks=ranks)
+    params = SamplingParams(max_tokens=12, n=2, temperature=0.8, logprobs=2)
+    prompts = ["This module provides", "Return the", "The"]
+    every_rank_alike = [(c.token_ids, c.logprobs, c.top_logprobs, c.text) for c in llm.generate(prompts, params)]
+    if ranks.rank > 0:
+        follow(llm.runner)
+        return
+    runner = RankedRunner(llm.runner)
+    llm.engine = llm.new_engine(runner)
+    served = [(c.token_ids, c.logprobs, c.top_logprobs, c.text) for c in llm.generate(prompts, params)]
+    runner.close()
+    json.dump([every_rank_alike, served, llm.runner.num_blocks * llm.runner.block_size], open(sys.argv[2], "w"))
+
+sys.exit(parallel.run(main, step_timeout_s=math.inf))
+"""
+
+
+def test_one_engine_for_all_ranks_is_one_on_every_rank(demo, tmp_path):
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    launch(2, tmp_path / "log", script, demo, tmp_path / "out.json")
+    every_rank_alike, served, tokens = json.loads((tmp_path / "out.json").read_text())
+    assert served == every_rank_alike
+    assert len(served) == 6
+    # The ranks were given caches of different sizes, and have the smaller one.
+    config = find_model(demo).config
+    assert tokens == (1 << 24) // bytes_per_token(config, 2, "bfloat16") // 64 * 64
 
 
 @pytest.mark.parametrize("quant_type", [None, "weight_only_int8"])

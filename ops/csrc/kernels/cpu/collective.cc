@@ -390,4 +390,27 @@ int pm_cpu_all_gather(const float* x, float* y, int64_t rows, int64_t cols, void
   return g.status;
 }
 
+int pm_cpu_broadcast(void* x, int64_t bytes, void*) {
+  if (g.header == nullptr) return PM_NOT_CONNECTED;
+  const uint64_t call = describe(3, bytes, 1);
+  constexpr int64_t kSlotBytes = kSlotFloats * sizeof(float);
+  for (int64_t begin = 0; begin < bytes && g.status == PM_OK; begin += kSlotBytes, ++g.chunks) {
+    const int64_t size = bytes - begin < kSlotBytes ? bytes - begin : kSlotBytes;
+    char* const part = static_cast<char*>(x) + begin;
+    if (g.rank == 0) memcpy(slot(0), part, size);
+    if (meet(call) != PM_OK) break;
+    if (g.rank != 0) memcpy(part, slot(0), size);
+  }
+  return g.status;
+}
+
+int pm_cpu_group_alive(void) {
+  if (g.header == nullptr) return 1;
+  for (int r = 0; r < g.world; ++r) {
+    const Member& member = g.header->member[r];
+    if (member.left.load(std::memory_order_acquire) || !lives(member)) return 0;
+  }
+  return g.status == PM_OK && g.header->phase.load(std::memory_order_acquire) == ready;
+}
+
 }  // extern "C"

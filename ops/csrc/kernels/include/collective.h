@@ -13,6 +13,8 @@
 // x1) + x2) + ..., so
 //                     the same bits on every rank. y may be x.
 // pm_cpu_all_gather   x [rows, cols] of every rank -> y [rows, world * cols] float32: rank r's columns at r * cols.
+// pm_cpu_broadcast    x [bytes] of rank 0 -> x of every rank.
+// pm_cpu_group_alive  1 while no rank has died or left (and without a group); it waits for nobody.
 //
 // All ranks make the same calls in the same order, one at a time; a call that differs (operator or sizes) makes every rank
 // return PM_RANKS_DISAGREE. A rank that dies (its process gone or a zombie) or leaves makes the others return PM_PEER_LOST
@@ -35,6 +37,8 @@ int pm_cpu_group_rank(void);   // 0 when no group has been joined
 int pm_cpu_group_world(void);  // 1 when no group has been joined
 int pm_cpu_all_reduce(const float* x, float* y, int64_t n, void* stream);
 int pm_cpu_all_gather(const float* x, float* y, int64_t rows, int64_t cols, void* stream);
+int pm_cpu_broadcast(void* x, int64_t bytes, void* stream);
+int pm_cpu_group_alive(void);
 
 #ifdef __cplusplus
 }
