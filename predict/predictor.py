@@ -20,10 +20,11 @@ from ops import library
 from predict.arguments import check_benchmark, check_device, check_output_file, parser, sampling_params
 from predict.bench.command import run_bench
 from predict.command import run_command
+from predict.completion import Collector, Completion
 from predict.dataset import Row, read_rows
 from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from predict.engine.request import SamplingParams
-from predict.llm import LLM, Collector, Completion
+from predict.llm import LLM
 from predict.parallel import Ranks
 from predict.progress import progress
 

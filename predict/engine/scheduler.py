@@ -50,7 +50,6 @@ class Scheduler:
         """The next step's chunks, oldest sequence first; empty when there is nothing to do."""
         chunks: list[Chunk] = []
         budget, size = self.max_num_batched_tokens, self.block_manager.block_size
-        preemptions = self.num_preemptions
         while budget and len(chunks) < len(self.running):
             sequence = self.running[len(chunks)]
             count = min(len(sequence.token_ids) - sequence.num_computed, budget)
@@ -58,8 +57,6 @@ class Scheduler:
                 break
             chunks.append(Chunk(sequence, count))
             budget -= count
-        if self.num_preemptions > preemptions:  # nobody comes in where there was too little room
-            return chunks
         while budget and self.waiting and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)

@@ -82,6 +82,14 @@ def test_the_youngest_gives_way_and_computes_again():
     assert again.context_lens[-1] > 0
 
 
+def test_nobody_comes_in_for_pages_that_a_running_request_needs_next():
+    engine = engine_on(PagedRunner(num_blocks=4))
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    prompts = [[1] * 8, [2] * 8]
+    assert generate(engine, prompts, params) == [alone(p, params)[0] for p in prompts]
+    assert engine.stats().preemptions == 0
+
+
 def test_a_known_prefix_is_not_computed_again():
     engine = engine_on()
     params = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -132,15 +140,15 @@ def test_samples_share_the_pages_of_their_prompt(prefix_caching):
     engine.add("r", prompt, params)
     engine.step()
     engine.step()
+    # The prompt is computed once; what of it does not fill a page, by every sample.
+    assert [np.diff(batch.cu_seqlens).tolist() for batch in engine.runner.steps] == [[18], [1, 2, 2]]
     running = engine.scheduler.running
     assert [s.index for s in running] == [0, 1, 2]
     assert {tuple(s.block_ids[:4]) for s in running} == {tuple(running[0].block_ids[:4])}
     assert len({s.block_ids[4] for s in running}) == 3
-    deltas = run(engine)
-    for index in range(3):
-        assert [s.token_ids[18:].tolist() for s in running if s.index == index] == []
-        sampled = [t for b in (deltas["r", index],) for t in tokens_of(b)]
-        assert alone(prompt, params, index)[0][-len(sampled) :] == sampled
+    drawn = {s.index: s.output_ids for s in running}
+    for (_, index), deltas in run(engine).items():
+        assert drawn[index] + tokens_of(deltas) == alone(prompt, params, index)[0]
     # Sample i is what a request of its own with seed + i would get.
     assert alone(prompt, params, 2)[0] == alone(prompt, SamplingParams(max_tokens=6, seed=7, ignore_eos=True))[0]
     assert engine.stats().prefix_hit_tokens == 0  # sharing with oneself is no hit

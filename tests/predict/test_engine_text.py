@@ -1,5 +1,7 @@
 """The text of a request: cut before a stop string, never shown beyond what is certain."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +39,14 @@ def test_a_text_is_cut_before_its_stop_string_however_it_comes(stop, pieces):
         assert watch.found is not None or any(s.startswith(held) for s in stop)
     assert watch.found == (None if found is None else found[1])
     assert shown + watch.finish() == expected
+
+
+def test_every_short_stop_string_is_found_in_every_short_text():
+    words = ["".join(letters) for n in range(1, 9) for letters in itertools.product("ab", repeat=n)]
+    for stop, text in itertools.product(words[:62], words):  # up to five letters and eight
+        watch = StopStrings([stop])
+        shown = "".join(map(watch.push, text)) + watch.finish()
+        assert (shown, watch.found is not None) == (text.partition(stop)[0], stop in text)
 
 
 class Letters:
