@@ -129,7 +129,7 @@ def test_steps_are_random_tokens_at_the_contexts_asked_for():
     assert plan.decodes == (Decode(1, 5), Decode(1, 80), Decode(3, 9))
     assert plan.contexts == [(1, 80), (2, 9)]
     assert plan.pages == [range(2), range(2, 3), range(3, 4), range(4, 5)]  # of 64 tokens
-    llm = LLM(DEMO, batch_size=plan.num_pages, total_max_length=plan.longest)
+    llm = LLM(DEMO, max_num_seqs=plan.num_pages, total_max_length=plan.longest)
     runner, advanced = Recorder(llm.runner), []
     samples = Bench(plan, runner, alone(), advanced.append).run()
     assert sum(advanced) == Bench.num_steps(plan) == 1 + 2 * (1 + 3 * 4)
