@@ -90,8 +90,9 @@ class BuildOperators(build_ext):
         return str(target)
 
 
-setup(
-    ext_modules=[Extension("ops.libpaddle_mixtral", sources=[])],
-    cmdclass={"build_ext": BuildOperators},
-    install_requires=[*paddle_requirement(), *DEPENDENCIES],
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("ops.libpaddle_mixtral", sources=[])],
+        cmdclass={"build_ext": BuildOperators},
+        install_requires=[*paddle_requirement(), *DEPENDENCIES],
+    )
