@@ -48,7 +48,8 @@ class LLM:
         chat_template: see predict.model.chat.load_chat_template; by default the checkpoint's own.
         verify: hash the files of an exported folder before using them.
         num_hidden_layers: layers of a dummy model.
-        ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone.
+        ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone. Every rank makes
+            the same calls, or all but the first are in predict.followers.follow.
 
     Raises:
         ValueError: (and its subclasses) anything that does not fit; one sentence with a way out.

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import paddle
 
 from ops.collective import all_gather, all_reduce, group, join_group, leave_group
@@ -83,12 +84,13 @@ def barrier() -> None:
 
 
 def least(number: int) -> int:
-    """The least of the ranks' numbers, 0 to 2^24; every rank calls it with its own.
+    """The least of the ranks' numbers (int64); every rank calls it with its own.
 
     Raises:
         ValueError: as :func:`barrier` does.
     """
-    return int(all_gather(paddle.full([1, 1], number, "float32"), group()[1]).min())  # exact up to 2^24
+    bits = np.array([[number]], np.int64).view(np.float32)  # a gather only copies
+    return int(all_gather(paddle.to_tensor(bits), group()[1]).numpy().view(np.int64).min())
 
 
 def run(main: Callable[[Ranks], int | None], step_timeout_s: float = STEP_TIMEOUT_S) -> int:

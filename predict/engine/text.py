@@ -25,14 +25,15 @@ class StopStrings:
 
     def __init__(self, stop: Iterable[str]):
         self._stop = [(text, _borders(text)) for text in stop]
+        self._first = {text[0] for text, _ in self._stop}
         self._matched = [0] * len(self._stop)  # characters of each that the text now ends with
         self._held = ""  # what may be part of one
         self.found: str | None = None
 
     def push(self, text: str) -> str:
         """What can be shown of the text so far; "" once a stop string is found."""
-        if not self._stop:
-            return text
+        if not self._held and self.found is None and self._first.isdisjoint(text):
+            return text  # nothing has begun, and nothing begins
         if self.found is not None:
             return ""
         unshown = self._held + text
