@@ -7,25 +7,9 @@ from pathlib import Path
 import paddle
 from paddle.static import InputSpec
 
-from predict.engine.batch import INPUT_NAMES
+from predict.engine.batch import INPUTS
 from predict.model.mixtral import Mixtral
 from predict.runner import cache_names, cache_shapes
-
-# Rank and element type of every input of StepBatch; every size is free.
-_INPUTS = {
-    "token_ids": (1, "int32"),
-    "cu_seqlens": (1, "int32"),
-    "context_lens": (1, "int32"),
-    "block_tables": (2, "int32"),
-    "sample_rows": (1, "int32"),
-    "sampling_floats": (2, "float32"),
-    "sampling_ints": (2, "int64"),
-    "history_ids": (1, "int32"),
-    "history_offsets": (1, "int32"),
-    "bias_ids": (1, "int32"),
-    "bias_values": (1, "float32"),
-    "bias_offsets": (1, "int32"),
-}
 
 
 def save_program(network: Mixtral, path: Path, block_size: int) -> None:
@@ -35,7 +19,7 @@ def save_program(network: Mixtral, path: Path, block_size: int) -> None:
     named as the network's buffers.
     """
     buffers = dict(network.named_buffers())
-    batch = [InputSpec([None] * _INPUTS[name][0], _INPUTS[name][1], name) for name in INPUT_NAMES]
+    batch = [InputSpec([None] * rank, dtype, name) for name, (rank, dtype) in INPUTS.items()]
     shapes = cache_shapes(network.config, network.world_size, -1, block_size)
     caches = [InputSpec(s, network.dtype, n) for s, n in zip(shapes, cache_names(network.config), strict=True)]
     weights = {name: InputSpec.from_tensor(buffer, name) for name, buffer in buffers.items()}

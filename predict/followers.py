@@ -6,19 +6,15 @@ predictor) need none of this: the engine is deterministic, so each rank runs its
 """
 
 import signal
-from dataclasses import fields
 
 import numpy as np
 
 from ops.collective import broadcast, check_group
-from predict.engine.batch import StepBatch, StepResult
+from predict.engine.batch import INPUTS, StepBatch, StepResult
 from predict.engine.engine import Runner
 
 END, STEP = 0, 1
-_NAMES = [f.name for f in fields(StepBatch)]
-_DIMENSIONS = {"block_tables": 2, "sampling_floats": 2, "sampling_ints": 2}
-_TYPES = {"sampling_floats": np.float32, "sampling_ints": np.int64, "bias_values": np.float32}
-HEADER = 1 + sum(_DIMENSIONS.get(name, 1) for name in _NAMES)  # what is to be done, and every size of every array
+HEADER = 1 + sum(rank for rank, _ in INPUTS.values())  # what is to be done, and every size of every array
 
 
 class RankedRunner:
@@ -77,10 +73,9 @@ def follow(runner: Runner) -> None:
 
 def _receive(sizes: list[int]) -> StepBatch:
     arrays = {}
-    for name in _NAMES:
-        dimensions = _DIMENSIONS.get(name, 1)
-        arrays[name] = np.empty(sizes[:dimensions], _TYPES.get(name, np.int32))
-        sizes = sizes[dimensions:]
+    for name, (rank, dtype) in INPUTS.items():
+        arrays[name] = np.empty(sizes[:rank], dtype)
+        sizes = sizes[rank:]
     together = np.empty(sum(array.nbytes for array in arrays.values()), np.uint8)
     broadcast(together)
     start = 0

@@ -49,7 +49,14 @@ class StepBatch:
         return [getattr(self, name) for name in INPUT_NAMES]
 
 
-INPUT_NAMES = tuple(f.name for f in fields(StepBatch))
+# Rank and element type of every input, in the order of the step's arguments; every size is free.
+INPUTS = {f.name: (1, "int32") for f in fields(StepBatch)} | {
+    "block_tables": (2, "int32"),
+    "sampling_floats": (2, "float32"),
+    "sampling_ints": (2, "int64"),
+    "bias_values": (1, "float32"),
+}
+INPUT_NAMES = tuple(INPUTS)
 
 
 class StepResult(NamedTuple):

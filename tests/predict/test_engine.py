@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from predict.engine.batch import Chunk, StepResult, pack
+from predict.engine.batch import INPUTS, Chunk, StepResult, pack, pack_scoring
 from predict.engine.engine import Engine
 from predict.engine.request import SamplingParams, Sequence
 from tests.predict.invariants import check_invariants
@@ -307,8 +307,11 @@ def test_a_step_in_mid_prompt_still_samples_one_row():
 
 
 def test_arrays_have_the_contracts_types():
-    types = [a.dtype.name for a in pack([chunk([5, 6], repetition_penalty=2.0, logit_bias={1: 1.0})]).arrays()]
-    assert types == ["int32"] * 5 + ["float32", "int64"] + ["int32"] * 3 + ["float32", "int32"]
+    asks_for_everything = chunk([5, 6], repetition_penalty=2.0, logit_bias={1: 1.0})
+    scoring = Sequence([5, 6], SamplingParams())
+    scoring.block_ids.append(0)
+    for batch in (pack([asks_for_everything]), pack([chunk([5, 6], 1)]), pack_scoring(scoring, 1)):
+        assert [(a.ndim, a.dtype.name) for a in batch.arrays()] == list(INPUTS.values())
 
 
 def test_a_step_of_64_sequences_costs_little(capsys):

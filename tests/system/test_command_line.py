@@ -195,7 +195,8 @@ def test_export_then_static_gives_the_rows_of_dynamic(tmp_path, data_file, capsy
     assert export(["--output_path", out, "--mode", "dynamic", *kind]) == 0
     assert "float32 weight_only_int8, 1 rank(s)" in capsys.readouterr().out
 
-    lengths = ["--src_length", "20", "--max_length", "4", "--total_max_length", "24", "--batch_size", "2"]
+    lengths = ["--src_length", "20", "--max_length", "4", "--total_max_length", "24", "--max_num_seqs", "2"]
+    lengths += ["--max_num_batched_tokens", "7", "--kv_cache_memory", "8M"]
     sampling = ["--decode_strategy", "sampling", "--temperature", "0.8", "--top_p", "0.9", "--top_k", "40"]
     sampling += ["--min_p", "0.01", "--repetition_penalty", "1.1", "--seed", "3"]
     for mode, model in (("dynamic", []), ("static", ["--model_name_or_path", out, "--verify"])):
