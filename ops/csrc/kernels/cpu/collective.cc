@@ -261,7 +261,7 @@ int wait_for(int rank, uint64_t meeting) {
     if (time - start < 0.002)
       sched_yield();
     else
-      sleep_for(time - start < 1 ? 50e-6 : 1e-3);
+      sleep_for(time - start < 1 ? 50e-6 : time - start < 10 ? 1e-3 : 5e-3);
   }
   return PM_OK;
 }
