@@ -1,4 +1,4 @@
-"""The kernels of the amx variant where the processor has none: their tile instructions emulated, the same bits as ever."""
+"""The kernels of the amx variant where the processor has none: their tile instructions emulated, the same bits."""
 
 import ctypes
 import shutil
