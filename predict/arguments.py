@@ -66,18 +66,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="ask as a chat: 'default' (the checkpoint's), 'mixtral' (built in), a template file, or a Jinja template; "
         "default: none (raw text)",
     )
-    text.add_argument(
-        *("--batch_size", "--max_num_seqs"), type=count, metavar="N", help="requests that run together; default: 64"
-    )
-    text.add_argument(
-        "--max_num_batched_tokens", type=count, metavar="N", help="tokens a step computes at the most; default: 2048"
-    )
-    text.add_argument(
-        "--kv_cache_memory",
-        type=_bytes,
-        metavar="BYTES",
-        help="of each rank's KV cache, such as 8G; default: half of the free memory, or what the requests can use",
-    )
+    add_engine_flags(text)
     text.add_argument("--src_length", type=count, metavar="N", help="tokens of a prompt at the most; default: 1024")
     text.add_argument("--max_length", type=count, metavar="N", help="new tokens at the most; default: 128")
     text.add_argument(
@@ -108,6 +97,22 @@ def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
     model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")
     model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
+
+
+def add_engine_flags(engine: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say how much runs at a time."""
+    engine.add_argument(
+        *("--batch_size", "--max_num_seqs"), type=count, metavar="N", help="requests that run together; default: 64"
+    )
+    engine.add_argument(
+        "--max_num_batched_tokens", type=count, metavar="N", help="tokens a step computes at the most; default: 2048"
+    )
+    engine.add_argument(
+        "--kv_cache_memory",
+        type=_bytes,
+        metavar="BYTES",
+        help="of each rank's KV cache, such as 8G; default: half of the free memory, or what the requests can use",
+    )
 
 
 def check_device(args: argparse.Namespace) -> None:

@@ -13,9 +13,9 @@ FAILED = 1
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
-def run_command(main: Callable[[Ranks], None]) -> int:
+def run_command(main: Callable[[Ranks], None], step_timeout_s: float = parallel.STEP_TIMEOUT_S) -> int:
     """Joins the job's ranks, runs ``main`` and returns the exit status; what a user can mend is printed, not raised."""
-    return parallel.run(lambda ranks: _status(main, ranks))
+    return parallel.run(lambda ranks: _status(main, ranks), step_timeout_s)
 
 
 def _status(main: Callable[[Ranks], None], ranks: Ranks) -> int:

@@ -194,6 +194,13 @@ class LLM:
     def mode(self) -> str:
         return self.runner.mode
 
+    @property
+    def description(self) -> str:
+        """What runs, and on what, in a line."""
+        quantised = f" {self.quant_type}" if self.quant_type else ""
+        ranks = f"{self.ranks.world_size} rank(s) of {library.num_threads()} thread(s)"
+        return f"{self.mode} {self.dtype}{quantised}, {ranks}, {library.cpu_isa()}"
+
     def generate(
         self,
         prompts: str | Seq[str] | Seq[Seq[int]],

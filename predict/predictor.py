@@ -16,7 +16,6 @@ from predict import startup
 if __name__ == "__main__":
     startup.begin()  # before Paddle is imported
 
-from ops import library
 from predict.arguments import check_benchmark, check_device, check_output_file, parser, sampling_params
 from predict.bench.command import run_bench
 from predict.command import run_command
@@ -65,11 +64,7 @@ def predict(args: argparse.Namespace, ranks: Ranks) -> None:
         ranks=ranks,
     )
     if first:
-        print(
-            f"{llm.mode} {llm.dtype}{' weight_only_int8' if llm.quant_type else ''}, {ranks.world_size} rank(s) of "
-            f"{library.num_threads()} thread(s), {library.cpu_isa()}, ready in {time.perf_counter() - started:.1f} s",
-            file=sys.stderr,
-        )
+        print(f"{llm.description}, ready in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     chat = args.chat_template not in (None, "none")
     prompts = [_encode(llm, row, chat, src_length, params) for row in rows]
     with open(args.output_file, "w", encoding="utf-8") if args.output_file and first else nullcontext() as output:

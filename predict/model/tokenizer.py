@@ -45,6 +45,7 @@ class Tokenizer:
         folder: the folder it was read from (chat templates lie there too).
         config: the parsed tokenizer_config.json, {} where there is none.
         vocab_size: one more than the largest token id; a model needs a vocab_size at least as large.
+        longest_piece: characters of the longest piece of the vocabulary.
         bos_token_id, eos_token_id, unk_token_id: None where the tokenizer has none.
         eos_token_ids: every id that ends an answer: eos_token_id and those of generation_config.json.
         add_bos_token: whether :meth:`encode` begins a text with BOS (tokenizer_config.json, true by default).
@@ -98,6 +99,7 @@ class Tokenizer:
                 self._shown[token_id] = "" if special else literal
             self._literals[token_id] = literal
         self.vocab_size = max(self._literals) + 1
+        self.longest_piece = max(map(len, self._literals.values()))
 
     def _read_special_token_names(self) -> None:
         self.special_token_names = {
@@ -195,6 +197,11 @@ class Tokenizer:
         """
         detokenizer = IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself: its text or literal, or the one byte; b"" for an id without a piece."""
+        byte = self._bytes.get(token_id)
+        return bytes([byte]) if byte is not None else self._literals.get(token_id, "").replace(SPACE, " ").encode()
 
     def continuation(
         self, prompt_ids: Sequence[int], output_ids: Iterable[int], skip_special_tokens: bool = True
