@@ -41,6 +41,10 @@ DEPENDENCIES = [
     "safetensors>=0.5",
     "jinja2>=3.1",
     "tqdm>=4.66",
+    "fastapi>=0.135",
+    "uvicorn>=0.30",
+    "pydantic>=2.10",
+    "prometheus-client>=0.20",
 ]
 
 

@@ -1,13 +1,14 @@
-"""The installed command: paddle-mixtral predict ..., paddle-mixtral export ..., paddle-mixtral bench ..."""
+"""The installed command: paddle-mixtral predict ..., export ..., serve ..., bench ..."""
 
 import sys
 
 from predict import startup
 
-USAGE = """usage: paddle-mixtral {predict,export,bench} ...
+USAGE = """usage: paddle-mixtral {predict,export,serve,bench} ...
 
   predict   generate text: python predict/predictor.py
   export    write a static program: python predict/export_model.py
+  serve     answer over HTTP, as OpenAI's API does: python predict/server.py
   bench     measure speed, and how far it is from what the machine allows
 
 `paddle-mixtral predict --help`, and so on, list the flags."""
@@ -24,6 +25,8 @@ def main() -> int:
         from export.export_model import main as run
     elif command == "bench":
         from predict.bench.command import main as run
+    elif command == "serve":
+        from predict.server import main as run
     else:
         wants_help = command in ("-h", "--help")
         print(USAGE, file=sys.stdout if wants_help else sys.stderr)

@@ -281,12 +281,14 @@ def test_a_broken_installation_is_named_without_a_traceback():
     assert result.stderr.startswith("error: PADDLE_MIXTRAL_ISA is 'nope', which this processor or build does not have;")
 
 
-def test_the_installed_command_has_all_three():
+def test_the_installed_command_has_them_all():
     main = f"{sys.executable} -m predict.main"
-    result = shell(f"{main}; {main} --help; {main} predict --nope; {main} export --nope; {main} bench --nope")
+    result = shell(
+        f"{main}; {main} --help; {main} predict --nope; {main} export --nope; {main} serve --nope; {main} bench --nope"
+    )
     assert result.returncode == 2
-    assert result.stdout.startswith("usage: paddle-mixtral {predict,export,bench} ...")
-    assert result.stderr.count("unrecognized arguments: --nope") == 2
+    assert result.stdout.startswith("usage: paddle-mixtral {predict,export,serve,bench} ...")
+    assert result.stderr.count("unrecognized arguments: --nope") == 3
     assert "the following arguments are required: MODEL" in result.stderr
 
 
