@@ -105,7 +105,7 @@ def add_engine_flags(engine: argparse._ArgumentGroup) -> None:
         *("--batch_size", "--max_num_seqs"), type=count, metavar="N", help="requests that run together; default: 64"
     )
     engine.add_argument(
-        "--max_num_batched_tokens", type=count, metavar="N", help="tokens a step computes at the most; default: 2048"
+        "--max_num_batched_tokens", type=count, metavar="N", help="tokens a step computes at the most; default: 512"
     )
     engine.add_argument(
         "--kv_cache_memory",

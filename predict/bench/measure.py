@@ -30,11 +30,11 @@ from ops.memory import MemoryReader
 from predict.bench.plan import Decode, Plan
 from predict.bench.traffic import Traffic
 from predict.engine.batch import Chunk, StepBatch, pack
+from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.engine.request import SamplingParams, Sequence
 from predict.parallel import Ranks, barrier
 
 SEED = 0
-MAX_STEP_TOKENS = 2048  # what the engine prefills in one step at the most; longer prompts come in chunks
 STEPS_BETWEEN_RATES = 8
 READ_BYTES = 1 << 29  # at real sizes, the steps between two readings have driven all of it from the caches
 # The units whose products a kernel for these weights could be made of.
@@ -124,8 +124,8 @@ class Bench:
     @staticmethod
     def num_steps(plan: Plan) -> int:
         """Steps a plan takes, for a progress bar."""
-        contexts = -(-sum(sequences * tokens for sequences, tokens in plan.contexts) // MAX_STEP_TOKENS)
-        prefills = sum(-(-n // MAX_STEP_TOKENS) for n in plan.prompt_lens)
+        contexts = -(-sum(sequences * tokens for sequences, tokens in plan.contexts) // DEFAULT_MAX_NUM_BATCHED_TOKENS)
+        prefills = sum(-(-n // DEFAULT_MAX_NUM_BATCHED_TOKENS) for n in plan.prompt_lens)
         return contexts + plan.repeat * (prefills + plan.gen_len * len(plan.decodes))
 
     def _sequence(self, length: int, pages: range) -> Sequence:
@@ -148,7 +148,7 @@ class Bench:
     def _prefill(self, sequences: list[Sequence]) -> Iterator["_Step"]:
         """Computes what each sequence has not computed, in order, in as few steps as may be."""
         while pending := [s for s in sequences if s.num_computed < s.num_tokens]:
-            chunks, room = [], MAX_STEP_TOKENS
+            chunks, room = [], DEFAULT_MAX_NUM_BATCHED_TOKENS
             for sequence in pending:
                 size = min(sequence.num_tokens - sequence.num_computed, room)
                 if size:

@@ -13,7 +13,9 @@ from predict.engine.scheduler import Scheduler
 from predict.engine.text import Detokenizer, StoppedText
 
 DEFAULT_MAX_NUM_SEQS = 64
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+# Enough for experts to multiply at full speed (128 tokens each of 8), and other sequences wait no longer than need be
+# while a long prompt is computed.
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 
 
 class Runner(Protocol):
