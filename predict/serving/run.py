@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from predict.serving.gate import Gate
 from predict.serving.service import Service
 
 TELL_S = 2.0  # clients that are owed an error get it in that time, or not at all
+AT_ONCE_S = 0.3
 KEEP_ALIVE_S = 60  # clients keep idle connections for later requests
 
 
@@ -109,7 +111,7 @@ class Server(uvicorn.Server):
             self._begin(self._drain())
         else:
             self.status = INTERRUPTED if sig == signal.SIGINT else FAILED
-            self.should_exit = self.force_exit = True
+            self._begin(self._give_up(AT_ONCE_S))
 
     def _begin(self, ending: Coroutine[Any, Any, None]) -> None:
         if self._ending is not None:
@@ -123,10 +125,18 @@ class Server(uvicorn.Server):
             left = self._service.in_flight
             print(f"error: {left} request(s) were cut off after {self._drain_timeout_s:g} s", file=sys.stderr)
             self.status = FAILED
-            await self._service.give_up(TELL_S)
+            await self._give_up(TELL_S)
+        self.should_exit = True
+
+    async def _give_up(self, timeout_s: float) -> None:
+        """Tells everybody who waits; whoever does not read it in time is cut off."""
+        await self._service.give_up(timeout_s)
+        if self._service.in_flight:
+            logging.getLogger("uvicorn.error").disabled = True  # it would have a traceback for each
+            self.force_exit = True
         self.should_exit = True
 
     async def _fail(self) -> None:
         self.status = FAILED
         await self._service.drain(TELL_S)
-        self.should_exit = True
+        await self._give_up(0)

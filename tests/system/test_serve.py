@@ -120,17 +120,21 @@ def test_an_exported_folder_with_a_key_and_without_patience(exported, expected):
 
 
 def test_a_second_ctrl_c_ends_it_at_once(demo):
+    """Also for a client that does not read what it is sent."""
     with (
         Process([*SERVE, str(demo)]) as server,
-        httpx.stream(
-            "POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=PATIENCE_S
-        ) as stream,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=PATIENCE_S) as stream,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=PATIENCE_S) as unread,
     ):
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         server.process.send_signal(signal.SIGINT)
         while httpx.get(f"{server.url}/health").status_code == 200:
             time.sleep(0.01)
-        assert server.end(signal.SIGINT)[0] == 130
+        code, stderr = server.end(signal.SIGINT)
+        assert code == 130, stderr
+        assert "shut down before the answer was complete" in [line for line in lines if line][-1]
+        assert unread.status_code == 200
 
 
 def refusal(arguments, capsys, code=1) -> str:
