@@ -40,11 +40,10 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        self._service.in_flight += 1
         try:
             await self._pass(scope, receive, watched_send)
         finally:
-            self._service.in_flight -= 1
+            self._service.in_flight.discard(id(scope))
             if (job := scope.get("state", {}).get("job")) is not None:
                 self._service.worker.abort(job)
             # The route, not the path: clients can ask for any number of paths.
@@ -64,7 +63,7 @@ class Gate:
                 response = HTMLResponse(self._page, 401, error.headers)
             await response(scope, receive, send)
             return
-        await self.app(scope, self._limited(receive), send)
+        await self.app(scope, self._limited(scope, receive), send)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or path == "/health":
@@ -84,8 +83,8 @@ class Gate:
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_large()
 
-    def _limited(self, receive: Receive) -> Receive:
-        """``receive``, for a body that did not say how long it is."""
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """``receive``, up to the limit; a request is under way once its body has come."""
         size = 0
 
         async def limited() -> Message:
@@ -94,6 +93,9 @@ class Gate:
             size += len(message.get("body", b""))
             if size > self._max_body_bytes:
                 raise self._too_large()
+            if message["type"] == "http.request" and not message.get("more_body"):
+                self._service.check_open()
+                self._service.in_flight.add(id(scope))
             return message
 
         return limited

@@ -119,21 +119,25 @@ class Server(uvicorn.Server):
         self._ending = asyncio.ensure_future(ending)
 
     async def _drain(self) -> None:
-        waiting = self._service.in_flight
+        waiting = len(self._service.in_flight)
         print(f"shutting down; {waiting} request(s) under way", file=sys.stderr, flush=True)
         if not await self._service.drain(self._drain_timeout_s):
-            left = self._service.in_flight
+            left = len(self._service.in_flight)
             print(f"error: {left} request(s) were cut off after {self._drain_timeout_s:g} s", file=sys.stderr)
             self.status = FAILED
             await self._give_up(TELL_S)
-        self.should_exit = True
+        self._end()
 
     async def _give_up(self, timeout_s: float) -> None:
         """Tells everybody who waits; whoever does not read it in time is cut off."""
         await self._service.give_up(timeout_s)
-        if self._service.in_flight:
-            logging.getLogger("uvicorn.error").disabled = True  # it would have a traceback for each
-            self.force_exit = True
+        self.force_exit = bool(self._service.in_flight)
+        self._end()
+
+    def _end(self) -> None:
+        # From here on uvicorn has only tracebacks of clients that are cut off: they were counted, or have sent half a
+        # request.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.should_exit = True
 
     async def _fail(self) -> None:

@@ -33,13 +33,14 @@ class Service:
 
     Attributes:
         state: "ready", "draining" (no new requests) or "failed".
-        in_flight: HTTP requests under way.
+        in_flight: HTTP requests whose body has come and whose answer has not ended.
         on_failure: called once on the event loop when the engine has failed and every client is being told.
     """
 
     def __init__(self, llm: LLM, name: str, engine: Engine | None = None, check: Callable[[], None] = lambda: None):
         self.llm, self.name, self.created = llm, name, int(time.time())
-        self.state, self.in_flight = READY, 0
+        self.state = READY
+        self.in_flight: set[int] = set()
         self.worker = Worker(engine or llm.engine, self._observe, self._fail, check)
         self.metrics = Metrics(lambda: self.worker.stats)
         self.on_failure: Callable[[], None] = lambda: None

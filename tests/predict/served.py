@@ -106,7 +106,7 @@ class Served:
             lambda: (
                 (s := self.stats).running == s.waiting == 0
                 and s.blocks_free + s.blocks_cached == s.blocks_total
-                and self.service.in_flight == 0
+                and not self.service.in_flight
             )
         )
 
@@ -119,10 +119,12 @@ class Served:
 
 
 @contextmanager
-def serving(llm, *, api_key: str | None = None, drain_timeout_s: float = PATIENCE_S, **options) -> Iterator[Served]:
+def serving(
+    llm, *, api_key: str | None = None, drain_timeout_s: float = PATIENCE_S, check=lambda: None, **options
+) -> Iterator[Served]:
     """A server of ``llm`` on a free port; ended at the end, if it has not ended by itself."""
     bound = bind("127.0.0.1", 0)
-    service = Service(llm, "demo")
+    service = Service(llm, "demo", check=check)
     server = Server(service, create_app(service, api_key, **options), bound, drain_timeout_s)
     thread = threading.Thread(target=server.serve_until_ended, daemon=True)
     host, port = bound.getsockname()

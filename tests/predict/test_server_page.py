@@ -89,7 +89,7 @@ def test_it_stops_in_the_middle_and_keeps_what_came(page, served, llm):
     expect(page.locator(".under")).to_have_text(re.compile("^5 tokens in .*, stopped$"))
     expect(page.locator("#send")).to_be_visible()
     assert page.locator(ANSWER).text_content()
-    served.wait_until(lambda: served.service.in_flight == 0)
+    served.wait_until(lambda: not served.service.in_flight)
     llm.runner.go.set()
     served.wait_until_idle()
     assert served.stats.generated_tokens == 6  # the step under way

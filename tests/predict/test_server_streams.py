@@ -1,6 +1,7 @@
 """What happens over time, without a model: queues, slow and failing steps, clients that leave, shutting down."""
 
 import json
+import socket
 import threading
 
 import httpx
@@ -90,7 +91,7 @@ def test_a_client_that_leaves_frees_its_pages(served, llm, stream):
     request = {**LONG, "prompt": [[i] * 40 for i in range(5)], "n": 3, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/completions", json=request, timeout=0.3)
-    served.wait_until(lambda: served.service.in_flight == 0)
+    served.wait_until(lambda: not served.service.in_flight)
     llm.runner.go.set()
     served.wait_until_idle()
     assert served.stats.generated_tokens < 15 * 200
@@ -107,7 +108,7 @@ def test_a_client_that_stops_listening_in_mid_stream(served, llm):
     next(stream)
     llm.runner.go.clear()
     stream.close()
-    served.wait_until(lambda: served.service.in_flight == 0)
+    served.wait_until(lambda: not served.service.in_flight)
     llm.runner.go.set()
     served.wait_until_idle()
     assert served.stats.generated_tokens < 200
@@ -133,6 +134,21 @@ def test_a_failed_step_tells_everybody_and_ends_the_server(llm):
     assert response.json()["error"]["message"] == message
     assert isinstance(error, openai.APIError)
     assert error.message == message
+
+
+def test_an_engine_that_fails_its_check_while_idle_ends_the_server(llm):
+    died = threading.Event()
+
+    def check():
+        if died.is_set():
+            raise ValueError("another rank of this job died")
+
+    with serving(llm, check=check) as served:
+        assert served.http.post("/v1/completions", json=LONG).status_code == 200
+        died.set()
+        served.thread.join(5)
+        assert served.server.status == 1
+        assert served.service.worker.failed
 
 
 STREAM = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 200, "stream": True, "extra_body": {"ignore_eos": True}}
@@ -175,3 +191,13 @@ def test_what_does_not_finish_in_time_is_told(llm):
     assert whole[1][0].json()["error"]["message"] == message
     assert streamed[1][0].message == message
     assert ended[1] == [1]
+
+
+def test_a_request_whose_body_does_not_come_holds_nobody_up(served, capfd):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), PATIENCE_S) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        half.sendall(b"Content-Length: 100\r\n\r\n{")
+        served.wait_until(lambda: served.server.server_state.tasks)
+        assert served.end() == 0
+    assert capfd.readouterr().err.splitlines()[-1] == "shutting down; 0 request(s) under way"
