@@ -171,7 +171,7 @@ def main() -> int:
     p.add_argument("--minutes", type=float, default=3.0, help="default: 3")
     p.add_argument("--port", type=int, default=8765, help="default: 8765")
     args = p.parse_args()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every request
+    logging.disable(logging.INFO)  # the client has a line for every request
     wanted = requests(8 * args.clients, max_tokens=120)
     expected = offline_texts(LLM(DEMO), wanted)
     url = f"http://127.0.0.1:{args.port}"
