@@ -2,6 +2,7 @@
 # make test   the whole suite
 # make lint   ruff, mypy, clang-format
 # make bench-peers   this and other engines side by side; PEERS holds flags (tests/benchmarks/peers/README.md)
+# make bench-serving   the engine under a server's load; SERVING holds flags (tests/benchmarks/serving/README.md)
 # Each makes the virtual environment $(VENV) first where it is missing. PYTHON chooses the interpreter.
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ READY := $(VENV)/ready
 SOURCES := $(wildcard ops/csrc/*/*.cc ops/csrc/*/*.h ops/csrc/kernels/*/*.cc ops/csrc/kernels/*/*.h)
 DEMO := build/demo
 
-.PHONY: demo test lint bench-peers setup clean
+.PHONY: demo test lint bench-peers bench-serving setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -50,6 +51,9 @@ lint: $(READY)
 
 bench-peers: $(READY)
 	$(BIN)/python -m tests.benchmarks.peers $(PEERS)
+
+bench-serving: $(READY)
+	$(BIN)/python -m tests.benchmarks.serving $(SERVING)
 
 clean:
 	rm -rf build log .venv ops/*.so *.egg-info

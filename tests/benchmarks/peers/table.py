@@ -4,6 +4,7 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
+from tests.benchmarks.markdown import markdown_table
 from tests.benchmarks.peers.entries import Entry
 from tests.benchmarks.peers.protocol import Case
 from tests.benchmarks.peers.rounds import Results
@@ -92,7 +93,7 @@ def _speeds(results: Results, entries: list[Entry], cases: tuple[Case, ...], act
         row.append(_median([run.answer.load_s for run in runs]))
         row.append(f"{max(run.answer.peak_bytes for run in runs) / 1e9:.1f}")
         rows.append(row)
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _ratios(results: Results, ours: Entry, entries: list[Entry], cases: tuple[Case, ...]) -> str:
@@ -101,7 +102,7 @@ def _ratios(results: Results, ours: Entry, entries: list[Entry], cases: tuple[Ca
         if entry is not ours and results.of(entry.key):
             ratios = [results.ratios(ours.key, entry.key, case.name) for case in cases]
             rows.append([entry.title, *(f"{statistics.median(found):.2f}x" if found else "-" for found in ratios)])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _versions(results: Results, entries: list[Entry]) -> str:
@@ -142,8 +143,3 @@ def _median(values: list[float]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
