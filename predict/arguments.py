@@ -23,7 +23,7 @@ REQUEST_FLAGS = (
         "decode_strategy",
         "repetition_penalty",
     ),
-    *("data_file", "output_file", "prompt", "chat_template"),
+    *("data_file", "output_file", "output_order", "resume", "prompt", "chat_template"),
 )
 # What an exported program leaves open: the exporter has no use for it.
 PREDICTION_FLAGS = (*REQUEST_FLAGS, "benchmark", "verify")
@@ -51,13 +51,30 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     text = p.add_argument_group("requests")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue; in a terminal, asked for if left out")
     text.add_argument(
-        "--data_file", type=nonempty, metavar="FILE", help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}'
+        "--data_file",
+        type=nonempty,
+        metavar="FILE",
+        help='JSONL rows (or a .json list) {"src": ..., "tgt": ...}, numbered from 0; a row that cannot be answered is '
+        "answered by its error, and the run goes on",
     )
     text.add_argument(
         "--output_file",
         type=nonempty,
         metavar="FILE",
-        help="JSONL rows {id, src, output, output_token_ids, finish_reason}",
+        help="JSONL rows {id, src, output, output_token_ids, finish_reason} or {id, src, error}, written as rows are "
+        "done; replaced if there is one, but for --resume",
+    )
+    text.add_argument(
+        "--output_order",
+        choices=["input", "finished"],
+        help="of a data file's answers: as its rows, or as they are done; default: input",
+    )
+    text.add_argument(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on with an output file that an earlier run on the same data file, ended in any way, has begun: its "
+        "rows are kept (errors too: delete their lines to try again), the others appended; give the same other flags",
     )
     text.add_argument(
         "--chat_template",
@@ -149,6 +166,20 @@ def check_output_file(flag: str, path: Path) -> None:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         reason = "is a folder" if path.is_dir() else "is not writable for this user"
         raise ValueError(f"--{flag} {path} {reason}; give another file")
+
+
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Refuses flags of data files where there is none.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if args.prompt is not None and args.data_file is not None:
+        raise ValueError("--prompt and --data_file were both given; give one of them")
+    if args.output_order is not None and args.data_file is None:
+        raise ValueError("--output_order has no effect without --data_file; leave it out")
+    if args.resume and (args.data_file is None or args.output_file is None):
+        raise ValueError("--resume goes on with the --output_file of a --data_file; give both")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

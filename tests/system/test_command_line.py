@@ -109,7 +109,7 @@ REFUSED = {
     "--kv_cache_memory 900T": "more than this machine has free for a rank",
     "--kv_cache_memory 1K": "hold no page: 64 tokens of",
     "--max_length 100000": "is 101024, needs 2 to 2048, the model's max_position_embeddings; lower it",
-    "--src_length 1 --prompt The": "row 0 has 2 tokens, --src_length is 1; raise it or shorten the text",
+    "--src_length 1 --prompt The": "the prompt has 2 tokens, --src_length is 1; raise it or shorten the text",
     "--total_max_length 2 --prompt The": "prompt 0: the prompt has 2 tokens, total_max_length is 2: no room",
     "--temperature 0.5": "--temperature has no effect on greedy search; add --decode_strategy sampling",
     "--top_p 0.5": "--top_p has no effect on greedy search",
@@ -125,16 +125,21 @@ REFUSED = {
     f"{SAMPLED} --seed -1": "seed is -1, needs an integer from 0 to 2^63 - 1",
     "--repetition_penalty nan": "repetition_penalty is nan, needs a positive number",
     "--prompt a --data_file b": "--prompt and --data_file were both given; give one of them",
+    "--output_order finished": "--output_order has no effect without --data_file; leave it out",
+    "--resume --output_file a": "--resume goes on with the --output_file of a --data_file; give both",
+    "--resume --data_file a": "--resume goes on with the --output_file of a --data_file; give both",
     "--data_file /nope.jsonl": "/nope.jsonl: No such file or directory; --data_file needs a JSONL file",
     "--output_file /nope/a": "--output_file /nope/a: there is no folder /nope; make it, or give another file",
     "--output_file /": "--output_file / is a folder; give another file",
     "--output_file /dev/full --prompt The --max_length 1": "the output could not be written (No space left on device)",
+    "--benchmark --resume": "--resume has no effect on --benchmark",
     "--chat_template /nope": "chat template '/nope' is neither 'mixtral', nor a file, nor a Jinja template",
     "--chat_template {{oops": "the given chat template has a syntax error",
     **{
         f"--benchmark --{flag} {value}": f"--{flag} has no effect on --benchmark"
         for flag, value in {
             **{"prompt": "a", "data_file": "a", "output_file": "a", "chat_template": "mixtral", "batch_size": 2},
+            **{"output_order": "input"},
             **{"src_length": 2, "max_length": 2, "total_max_length": 2, "decode_strategy": "sampling", "seed": 1},
             **{"max_num_batched_tokens": 9, "kv_cache_memory": 9},
             **{"temperature": 1, "top_p": 1, "top_k": 1, "min_p": 0, "repetition_penalty": 1},
@@ -156,6 +161,7 @@ def test_the_predictor_refuses_in_one_sentence(flags, capsys):
 
 FOR_THE_PREDICTOR = {
     **{"batch_size": "1", "src_length": "1", "max_length": "1", "total_max_length": "9", "data_file": "a"},
+    **{"output_order": "input"},
     **{"output_file": "a", "prompt": "a", "chat_template": "a", "decode_strategy": "sampling", "temperature": "1"},
     **{"max_num_batched_tokens": "9", "kv_cache_memory": "9"},
     **{"top_p": "1", "top_k": "1", "min_p": "1", "repetition_penalty": "1", "seed": "1"},
@@ -163,7 +169,7 @@ FOR_THE_PREDICTOR = {
 
 
 @pytest.mark.parametrize(
-    "flags", [["--benchmark"], ["--verify"], *([f"--{f}", v] for f, v in FOR_THE_PREDICTOR.items())]
+    "flags", [["--benchmark"], ["--verify"], ["--resume"], *([f"--{f}", v] for f, v in FOR_THE_PREDICTOR.items())]
 )
 def test_the_exporter_refuses_what_an_export_does_not_depend_on(flags, capsys):
     code, message = refusal(export, flags, capsys)
@@ -233,8 +239,8 @@ def predictor_params():
 def test_a_file_is_not_replaced_by_a_command_that_fails(tmp_path, data_file, capsys):
     assert "is the --data_file" in refusal(predict, ["--data_file", data_file, "--output_file", data_file], capsys)[1]
     (tmp_path / "old").write_text("precious")
-    flags = ["--data_file", data_file, "--src_length", "1", "--output_file", str(tmp_path / "old")]
-    assert "row 0 has 5 tokens" in refusal(predict, flags, capsys)[1]
+    flags = ["--data_file", data_file, "--max_length", "100000", "--output_file", str(tmp_path / "old")]
+    assert "max_position_embeddings" in refusal(predict, flags, capsys)[1]
     assert (tmp_path / "old").read_text() == "precious"
     assert len(Path(data_file).read_text().splitlines()) == len(ROWS)
 
