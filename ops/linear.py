@@ -19,13 +19,16 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, out_dtype: str) -> paddle.Te
     Raises:
         ValueError: a shape (T = 0 included), dtype or device other than the above.
     """
-    return run("pm_linear", x, weight, None, out_dtype)[0]
+    return run("pm_linear", x, weight, None, out_dtype, 16)[0]
 
 
-def weight_only_linear(x: paddle.Tensor, weight: paddle.Tensor, scale: paddle.Tensor, out_dtype: str) -> paddle.Tensor:
+def weight_only_linear(
+    x: paddle.Tensor, weight: paddle.Tensor, scale: paddle.Tensor, out_dtype: str, activation_bits: int = 16
+) -> paddle.Tensor:
     """``(x @ q^T) * scale`` with a weight ``q, scale`` of ops.quantize.quantize_int8, packed.
 
-    ``x`` is rounded to 16-bit fixed point, in steps of its row's largest magnitude / 32639; sums are exact.
+    ``x`` is rounded to fixed point, in steps of its row's largest magnitude / 32639 (16 bits) or / 127 (8 bits: faster,
+    and coarser than bfloat16); sums are exact.
     A row of the result depends on its row of ``x`` alone, bit for bit.
 
     Args:
@@ -33,11 +36,12 @@ def weight_only_linear(x: paddle.Tensor, weight: paddle.Tensor, scale: paddle.Te
         weight: ops.quantize.pack_int8(q), uint8 [ceil(N / 32), ceil(K / 64), 2048].
         scale: [N] float32.
         out_dtype: "float32" or "bfloat16".
+        activation_bits: 16 or 8.
 
     Returns:
         [T, N] in ``out_dtype``.
 
     Raises:
-        ValueError: a shape (T = 0 included), dtype or device other than the above.
+        ValueError: a shape (T = 0 included), dtype, device or activation_bits other than the above.
     """
-    return run("pm_linear", x, weight, scale, out_dtype)[0]
+    return run("pm_linear", x, weight, scale, out_dtype, activation_bits)[0]

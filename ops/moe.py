@@ -13,6 +13,7 @@ def fused_moe(
     top_k: int,
     w13_scale: paddle.Tensor | None = None,
     w2_scale: paddle.Tensor | None = None,
+    activation_bits: int = 16,
 ) -> paddle.Tensor:
     """``y[t] = sum_e p[t, e] * w2[e] (silu(w1[e] x[t]) * (w3[e] x[t]))`` over the ``top_k`` experts of largest
     ``softmax(x[t] gate^T)`` (ties: the lower index), their probabilities renormalised to sum 1.
@@ -29,13 +30,14 @@ def fused_moe(
             [E, ceil(H / 32), ceil(I / 64), 2048].
         top_k: experts a token; 1 to E.
         w13_scale, w2_scale: [E, 2I] and [E, H] float32 for int8 weights, None for others.
+        activation_bits: 16, or 8 with int8 weights: of the fixed point that is multiplied with them.
 
     Returns:
         [T, H] float32.
 
     Raises:
-        ValueError: a shape (T = 0 included), dtype, device or top_k other than the above.
+        ValueError: a shape (T = 0 included), dtype, device, top_k or activation_bits other than the above.
 
     Source: Jiang et al., Mixtral of Experts, arXiv:2401.04088.
     """
-    return run("pm_fused_moe", x, gate, w13, w2, w13_scale, w2_scale, top_k)[0]
+    return run("pm_fused_moe", x, gate, w13, w2, w13_scale, w2_scale, top_k, activation_bits)[0]

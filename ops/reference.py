@@ -84,18 +84,19 @@ def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x @ weight.T
 
 
-def fixed_point(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x [T, K] float32 in 16-bit fixed point: q [T, K] int64 and scale [T] float32; q * scale[:, None] is nearly x."""
+def fixed_point(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """x [T, K] float32 in fixed point of 16 or 8 bits: q [T, K] int64 and scale [T] float32, x nearly q * scale."""
+    largest = {16: np.float32(32639), 8: np.float32(127)}[bits]
     most = np.abs(x).max(axis=-1)
     small = most < np.float32(2.0**-100)
     most = np.where(small, np.float32(1), most)
-    q = np.rint(x * (np.float32(32639) / most)[:, None]).astype(np.int64)
-    return np.where(small[:, None], 0, q), np.where(small, np.float32(0), most / np.float32(32639))
+    q = np.rint(x * (largest / most)[:, None]).astype(np.int64)
+    return np.where(small[:, None], 0, q), np.where(small, np.float32(0), most / largest)
 
 
-def weight_only_linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def weight_only_linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, activation_bits: int = 16) -> np.ndarray:
     """ops.linear.weight_only_linear: x [T, K], weight [N, K] int8 (not packed), scale [N] -> [T, N], the same bits."""
-    q, token_scale = fixed_point(x)
+    q, token_scale = fixed_point(x, activation_bits)
     return (q @ weight.astype(np.int64).T).astype(np.float32) * token_scale[:, None] * scale
 
 
@@ -161,11 +162,14 @@ def fused_moe(
     top_k: int,
     w13_scale: np.ndarray | None = None,
     w2_scale: np.ndarray | None = None,
+    activation_bits: int = 16,
 ) -> np.ndarray:
     """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H]; int8 not packed."""
 
     def product(x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None, e: int) -> np.ndarray:
-        return linear(x, weight[e]) if scale is None else weight_only_linear(x, weight[e], scale[e])
+        if scale is None:
+            return linear(x, weight[e])
+        return weight_only_linear(x, weight[e], scale[e], activation_bits)
 
     share = route(x, gate, top_k)
     y = np.zeros_like(x)

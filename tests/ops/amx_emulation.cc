@@ -67,13 +67,17 @@ extern "C" {
 
 int pm_num_threads(void) { return 2; }
 
-int emulated_linear(const float* x, const uint8_t* w, const float* scale, float* y, int64_t T, int64_t N, int64_t K) {
-  return pm::avx512::linear(x, PM_F32, w, PM_I8, scale, y, PM_F32, T, N, K, nullptr);
+int emulated_linear(const float* x, const uint8_t* w, const float* scale, float* y, int64_t T, int64_t N, int64_t K,
+                    int64_t activation_bits) {
+  const int bits = static_cast<int>(activation_bits);
+  return pm::avx512::linear(x, PM_F32, w, PM_I8, scale, bits, y, PM_F32, T, N, K, nullptr);
 }
 
 int emulated_moe(const float* x, const float* gate, const uint8_t* w13, const uint8_t* w2, const float* w13_scale,
-                 const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k) {
-  return pm::avx512::fused_moe(x, PM_F32, gate, w13, w2, PM_I8, w13_scale, w2_scale, y, T, H, I, E, top_k, nullptr);
+                 const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k,
+                 int64_t activation_bits) {
+  const int bits = static_cast<int>(activation_bits);
+  return pm::avx512::fused_moe(x, PM_F32, gate, w13, w2, PM_I8, w13_scale, w2_scale, bits, y, T, H, I, E, top_k, nullptr);
 }
 
 }  // extern "C"

@@ -37,29 +37,34 @@ def call(function, *arguments):
     assert status == 0
 
 
-# Tokens around 8, from which tiles are used, and 16, which they hold; rows and columns around a tile's 32 and 64.
+# Tokens around 8, from which tiles are used, and what they hold: 16 of two planes, 32 of one; rows and columns around a
+# tile's 32 and 64.
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
-    ("tokens", "rows", "columns"), [(1, 32, 64), (8, 1, 1), (15, 33, 65), (16, 70, 200), (17, 31, 63), (100, 96, 1100)]
+    ("tokens", "rows", "columns"),
+    [(1, 32, 64), (8, 1, 1), (15, 33, 65), (16, 70, 200), (17, 31, 63), (32, 64, 129), (33, 9, 40), (100, 96, 1100)],
 )
-def test_linear_is_the_reference(emulation, tokens, rows, columns):
+def test_linear_is_the_reference(emulation, tokens, rows, columns, bits):
     generator = np.random.default_rng(tokens)
     x = generator.standard_normal((tokens, columns), np.float32)
     q, scale = reference.quantize_int8(generator.standard_normal((rows, columns), np.float32))
     y = np.empty((tokens, rows), np.float32)
-    call(emulation.emulated_linear, x, pack_int8(q), scale, y, tokens, rows, columns)
-    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale))
+    call(emulation.emulated_linear, x, pack_int8(q), scale, y, tokens, rows, columns, bits)
+    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale, bits))
 
 
-def test_the_longest_and_largest_sums_are_exact(emulation):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_longest_and_largest_sums_are_exact(emulation, bits):
     x, q = np.full([16, 65536], 3.0, np.float32), np.full([32, 65536], 127, np.int8)
     x[1], q[1:20] = -3.0, -127
     scale, y = np.ones(32, np.float32), np.empty((16, 32), np.float32)
-    call(emulation.emulated_linear, x, pack_int8(q), scale, y, *y.shape, 65536)
-    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale))
+    call(emulation.emulated_linear, x, pack_int8(q), scale, y, *y.shape, 65536, bits)
+    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale, bits))
 
 
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("tokens", [1, 20, 130])
-def test_fused_moe_is_what_this_processor_computes(emulation, tokens):
+def test_fused_moe_is_what_this_processor_computes(emulation, tokens, bits):
     hidden, intermediate, experts = 150, 70, 5
     generator = np.random.default_rng(tokens)
     x, gate = (generator.standard_normal((n, hidden), np.float32) for n in (tokens, experts))
@@ -67,6 +72,6 @@ def test_fused_moe_is_what_this_processor_computes(emulation, tokens):
     scales = [generator.random((experts, n), np.float32) / 100 for n in (140, hidden)]
     packed = np.stack([pack_gate_up(w) for w in w13]), np.stack([pack_int8(w) for w in w2])
     y = np.empty((tokens, hidden), np.float32)
-    call(emulation.emulated_moe, x, gate, *packed, *scales, y, tokens, hidden, intermediate, experts, 2)
+    call(emulation.emulated_moe, x, gate, *packed, *scales, y, tokens, hidden, intermediate, experts, 2, bits)
     tensors = [paddle.to_tensor(a) for a in (x, gate, *packed)]
-    np.testing.assert_array_equal(y, fused_moe(*tensors, 2, *map(paddle.to_tensor, scales)).numpy())
+    np.testing.assert_array_equal(y, fused_moe(*tensors, 2, *map(paddle.to_tensor, scales), bits).numpy())

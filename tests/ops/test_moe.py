@@ -15,7 +15,9 @@ from tests.ops.instruction_sets import digests
 SIZES = [(1, 16, 16, 1), (1, 77, 33, 5), (2, 64, 48, 3), (9, 40, 530, 8), (30, 531, 70, 3), (130, 35, 50, 17)]
 # Sums of some hundred float32 products of order one, passed through two layers; relative to the largest result. With
 # int8 the sums are exact, but an h that differs in its last bit may be rounded to another of its row's 32,639 steps.
-TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-6, "int8": 5e-5}
+# With 8 bits ("a8w8") such a step is 1 / 127, far beyond this, which so tells 8 bits from 16; but it takes an h within
+# a rounding of the border of two steps. Inputs and bits are the same everywhere, and none of them lies there.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-6, "int8": 5e-5, "a8w8": 5e-5}
 THREADS = library.num_threads()
 
 
@@ -33,8 +35,9 @@ class Layer:
         gate = generator.standard_normal([experts, hidden], np.float32)
         w13 = generator.standard_normal([experts, 2 * intermediate, hidden], np.float32) / np.float32(hidden**0.5)
         w2 = generator.standard_normal([experts, hidden, intermediate], np.float32) / np.float32(intermediate**0.5)
-        self.dtype, self.gate, self.scales = dtype, paddle.to_tensor(gate), None
-        if dtype == "int8":
+        self.dtype, self.gate, self.scales = dtype, paddle.to_tensor(gate), []
+        self.bits = 8 if dtype == "a8w8" else 16
+        if dtype in ("int8", "a8w8"):
             quantised = [[reference.quantize_int8(expert) for expert in w] for w in (w13, w2)]
             (w13, w13_scale), (w2, w2_scale) = [[np.stack(part) for part in zip(*w, strict=True)] for w in quantised]
             packed = [np.stack([pack(q) for q in w]) for pack, w in ((pack_gate_up, w13), (pack_int8, w2))]
@@ -47,12 +50,12 @@ class Layer:
             self.exact = [w.astype("float32").numpy().astype(np.float64) for w in exact]
 
     def __call__(self, x, top_k):
-        return fused_moe(x, self.gate, *self.tensors, top_k, *(self.scales or ()))
+        return fused_moe(x, self.gate, *self.tensors, top_k, *(self.scales or (None, None)), self.bits)
 
     def reference(self, x, top_k):
         x = x.astype("float32").numpy()
         if self.scales:  # rounds x and h to fixed point: in float32, as the operator does
-            return reference.fused_moe(x, *self.exact, top_k, *(scale.numpy() for scale in self.scales))
+            return reference.fused_moe(x, *self.exact, top_k, *(scale.numpy() for scale in self.scales), self.bits)
         return reference.fused_moe(x.astype(np.float64), *self.exact, top_k)
 
 
@@ -67,7 +70,7 @@ def assert_is_the_reference(layer, x, top_k):
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=TOLERANCE[layer.dtype] * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "int8", "a8w8"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate", "experts"), SIZES)
 def test_fused_moe_is_the_reference(tokens, hidden, intermediate, experts, x_dtype, w_dtype):
@@ -110,7 +113,7 @@ def test_very_sure_and_very_large_tokens():
     assert_is_the_reference(layer, x, 2)
 
 
-@pytest.mark.parametrize("w_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("w_dtype", ["bfloat16", "int8", "a8w8"])
 def test_tokens_do_not_depend_on_their_batch_or_the_threads(w_dtype):
     layer, x = Layer(150, 70, 5, w_dtype), tokens_of(70, 150, "bfloat16")
     alone = np.concatenate([layer(x[t : t + 1], 2).numpy() for t in range(70)])
@@ -123,7 +126,7 @@ def test_tokens_do_not_depend_on_their_batch_or_the_threads(w_dtype):
 def digest() -> str:
     """Of the outputs for few and many tokens and every weight type, H and I not multiples of 16."""
     sha = hashlib.sha256()
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in ("float32", "bfloat16", "int8", "a8w8"):
         layer = Layer(531, 37, 5, dtype)
         for tokens in (1, 3, 40):
             sha.update(layer(tokens_of(tokens, 531, "bfloat16"), 2).numpy().tobytes())
@@ -193,6 +196,8 @@ PACKED = {
             {**PACKED, "w2": paddle.zeros([3, 2, 1, 2048], "uint8")},
             r"w2 has shape \[3, 2, 1, 2048\], needs \[3, 1, 1, 2048\]",
         ),
+        ({**PACKED, "activation_bits": 4}, "fused_moe: activation_bits is 4, needs 16 or 8"),
+        ({"activation_bits": 8}, "fused_moe: activation_bits is 8, needs 16: only int8 weights have others"),
         ({**PACKED, "w13_scale": paddle.zeros([3, 7])}, "w13_scale has 7 rows an expert, needs an even number"),
     ],
 )

@@ -91,6 +91,12 @@ inline void check_packed_columns(const char* op, int64_t K) {
     fail(op, "weights of int8 have ", K, " columns, needs at most ", PM_INT8_LARGEST_K, ": their sums are held in 32 bits");
 }
 
+// Bits of the fixed point that tokens are rounded to for weights of int8; others take them as they are.
+inline void check_activation_bits(const char* op, int bits, bool int8_weights) {
+  if (bits == 16 || (bits == 8 && int8_weights)) return;
+  fail(op, "activation_bits is ", bits, int8_weights ? ", needs 16 or 8" : ", needs 16: only int8 weights have others");
+}
+
 inline void check_status(const char* op, int status) {
   switch (status) {
     case PM_OK:

@@ -10,7 +10,7 @@ using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
 std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale,
-                           const std::string& out_dtype) {
+                           const std::string& out_dtype, int activation_bits) {
   const char* op = scale ? "weight_only_linear" : "linear";
   pm::check_tensor(op, "x", x, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, -1});
   const int64_t T = x.shape()[0], K = x.shape()[1];
@@ -22,18 +22,19 @@ std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::
   } else {
     pm::check_tensor(op, "weight", weight, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, K});
   }
+  pm::check_activation_bits(op, activation_bits, static_cast<bool>(scale));
   if (T < 1 || N < 1 || K < 1) pm::fail(op, "needs T, N and K >= 1, found T = ", T, ", N = ", N, ", K = ", K);
   Tensor y = paddle::empty({T, N}, pm::float_dtype(op, out_dtype), x.place());
-  pm::check_status(
-      op, pm_cpu_linear(x.data(), pm::abi_dtype(x.dtype()), weight.data(), pm::abi_dtype(weight.dtype()),
-                        scale ? scale->data<float>() : nullptr, y.data(), pm::abi_dtype(y.dtype()), T, N, K, nullptr));
+  pm::check_status(op, pm_cpu_linear(x.data(), pm::abi_dtype(x.dtype()), weight.data(), pm::abi_dtype(weight.dtype()),
+                                     scale ? scale->data<float>() : nullptr, activation_bits, y.data(),
+                                     pm::abi_dtype(y.dtype()), T, N, K, nullptr));
   return {y};
 }
 std::vector<Shape> linear_shape(const Shape& x, const Shape& weight, const paddle::optional<Shape>& scale) {
   return {{x[0], scale ? (*scale)[0] : weight[0]}};
 }
 std::vector<DataType> linear_dtype(const DataType&, const DataType&, const paddle::optional<DataType>&,
-                                   const std::string& out_dtype) {
+                                   const std::string& out_dtype, int) {
   return {pm::float_dtype("linear", out_dtype)};
 }
 
@@ -42,7 +43,7 @@ std::vector<DataType> linear_dtype(const DataType&, const DataType&, const paddl
 PD_BUILD_OP(pm_linear)
     .Inputs({"X", "Weight", paddle::Optional("Scale")})
     .Outputs({"Y"})
-    .Attrs({"out_dtype: std::string"})
+    .Attrs({"out_dtype: std::string", "activation_bits: int"})
     .SetKernelFn(PD_KERNEL(linear))
     .SetInferShapeFn(PD_INFER_SHAPE(linear_shape))
     .SetInferDtypeFn(PD_INFER_DTYPE(linear_dtype));

@@ -20,8 +20,8 @@ Shape experts(int64_t E, Shape one) {
 }
 
 std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor& w13, const Tensor& w2,
-                              const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale,
-                              int top_k) {
+                              const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale, int top_k,
+                              int activation_bits) {
   const char* op = "fused_moe";
   pm::check_tensor(op, "x", x, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, -1});
   const int64_t T = x.shape()[0], H = x.shape()[1];
@@ -32,6 +32,7 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
     pm::fail(op, "w13 and w2 are ", pm::dtype_name(w13.dtype()), ", w13_scale is ", w13_scale ? "given" : "None",
              " and w2_scale is ", w2_scale ? "given" : "None",
              ": both are needed for packed int8 weights (uint8), neither for others");
+  pm::check_activation_bits(op, activation_bits, quantised);
   int64_t I;
   if (quantised) {
     pm::check_tensor(op, "w13_scale", *w13_scale, {DataType::FLOAT32}, {E, -1});
@@ -50,10 +51,10 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
     pm::fail(op, "needs T, H, I and E >= 1, found T = ", T, ", H = ", H, ", I = ", I, ", E = ", E);
   if (top_k < 1 || top_k > E) pm::fail(op, "top_k is ", top_k, ", needs 1 to the number of experts, ", E);
   Tensor y = paddle::empty({T, H}, DataType::FLOAT32, x.place());
-  pm::check_status(
-      op, pm_cpu_fused_moe(x.data(), pm::abi_dtype(x.dtype()), gate.data<float>(), w13.data(), w2.data(),
-                           pm::abi_dtype(w13.dtype()), quantised ? w13_scale->data<float>() : nullptr,
-                           quantised ? w2_scale->data<float>() : nullptr, y.data<float>(), T, H, I, E, top_k, nullptr));
+  pm::check_status(op, pm_cpu_fused_moe(x.data(), pm::abi_dtype(x.dtype()), gate.data<float>(), w13.data(), w2.data(),
+                                        pm::abi_dtype(w13.dtype()), quantised ? w13_scale->data<float>() : nullptr,
+                                        quantised ? w2_scale->data<float>() : nullptr, activation_bits, y.data<float>(), T,
+                                        H, I, E, top_k, nullptr));
   return {y};
 }
 std::vector<Shape> fused_moe_shape(const Shape& x, const Shape&, const Shape&, const Shape&, const paddle::optional<Shape>&,
@@ -70,7 +71,7 @@ std::vector<DataType> fused_moe_dtype(const DataType&, const DataType&, const Da
 PD_BUILD_OP(pm_fused_moe)
     .Inputs({"X", "Gate", "W13", "W2", paddle::Optional("W13Scale"), paddle::Optional("W2Scale")})
     .Outputs({"Y"})
-    .Attrs({"top_k: int"})
+    .Attrs({"top_k: int", "activation_bits: int"})
     .SetKernelFn(PD_KERNEL(fused_moe))
     .SetInferShapeFn(PD_INFER_SHAPE(fused_moe_shape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fused_moe_dtype));

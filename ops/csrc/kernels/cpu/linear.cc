@@ -28,10 +28,11 @@ int linear_blocks(const X* x, const float* scale, Y* y, int64_t T, int64_t N, in
 }
 
 template <class X, class Y>
-int linear_typed(const X* x, const void* w, pm_dtype w_dtype, const float* scale, Y* y, int64_t T, int64_t N, int64_t K) {
+int linear_typed(const X* x, const void* w, pm_dtype w_dtype, const float* scale, int activation_bits, Y* y, int64_t T,
+                 int64_t N, int64_t K) {
   const int64_t blocks = equal_parts(T, block_tokens(K)), largest = equal_parts(T, blocks);
   if (w_dtype == PM_I8) {
-    const FixedScratch scratch(largest, K);
+    const FixedScratch scratch(largest, K, activation_bits);
     if (scratch.failed()) return PM_OUT_OF_MEMORY;
     return linear_blocks(x, scale, y, T, N, K, scratch, blocks,
                          [&](const FixedTokens& tokens) { return FixedProduct{tokens, static_cast<const uint8_t*>(w)}; });
@@ -46,24 +47,25 @@ int linear_typed(const X* x, const void* w, pm_dtype w_dtype, const float* scale
 }
 
 template <class X>
-int linear_out(const X* x, const void* w, pm_dtype w_dtype, const float* scale, void* y, pm_dtype y_dtype, int64_t T,
-               int64_t N, int64_t K) {
-  return y_dtype == PM_BF16 ? linear_typed(x, w, w_dtype, scale, static_cast<bf16*>(y), T, N, K)
-                            : linear_typed(x, w, w_dtype, scale, static_cast<float*>(y), T, N, K);
+int linear_out(const X* x, const void* w, pm_dtype w_dtype, const float* scale, int activation_bits, void* y,
+               pm_dtype y_dtype, int64_t T, int64_t N, int64_t K) {
+  return y_dtype == PM_BF16 ? linear_typed(x, w, w_dtype, scale, activation_bits, static_cast<bf16*>(y), T, N, K)
+                            : linear_typed(x, w, w_dtype, scale, activation_bits, static_cast<float*>(y), T, N, K);
 }
 
 }  // namespace
 
-int linear(const void* x, pm_dtype x_dtype, const void* w, pm_dtype w_dtype, const float* scale, void* y, pm_dtype y_dtype,
-           int64_t T, int64_t N, int64_t K, void*) {
-  return x_dtype == PM_BF16 ? linear_out(static_cast<const bf16*>(x), w, w_dtype, scale, y, y_dtype, T, N, K)
-                            : linear_out(static_cast<const float*>(x), w, w_dtype, scale, y, y_dtype, T, N, K);
+int linear(const void* x, pm_dtype x_dtype, const void* w, pm_dtype w_dtype, const float* scale, int activation_bits,
+           void* y, pm_dtype y_dtype, int64_t T, int64_t N, int64_t K, void*) {
+  return x_dtype == PM_BF16
+             ? linear_out(static_cast<const bf16*>(x), w, w_dtype, scale, activation_bits, y, y_dtype, T, N, K)
+             : linear_out(static_cast<const float*>(x), w, w_dtype, scale, activation_bits, y, y_dtype, T, N, K);
 }
 
 }  // namespace PM_ISA
 }  // namespace pm
 
 PM_EXPORT(linear,
-          (const void* x, pm_dtype x_dtype, const void* w, pm_dtype w_dtype, const float* scale, void* y, pm_dtype y_dtype,
-           int64_t T, int64_t N, int64_t K, void* stream),
-          (x, x_dtype, w, w_dtype, scale, y, y_dtype, T, N, K, stream))
+          (const void* x, pm_dtype x_dtype, const void* w, pm_dtype w_dtype, const float* scale, int activation_bits,
+           void* y, pm_dtype y_dtype, int64_t T, int64_t N, int64_t K, void* stream),
+          (x, x_dtype, w, w_dtype, scale, activation_bits, y, y_dtype, T, N, K, stream))

@@ -1,16 +1,18 @@
-// Products of packed int8 weights with tokens in 16-bit fixed point: include/linear.h defines them, quantize.h the packing.
+// Products of packed int8 weights with tokens in 16- or 8-bit fixed point: include/linear.h defines them, quantize.h the
+// packing.
 //
-// EXACT       A token is x = s * q with integers |q| <= 32639, so a product of integers is summed, and the sum, below 2^47,
-// is
-//             the same whatever the order: no blocking, thread, instruction set or batch can change it. It is rounded once,
-//             to float32, and multiplied by s.
+// EXACT       A token is x = s * q with integers |q| <= 32639 (127 of 8 bits), so a product of integers is summed, and the
+//             sum, below 2^47, is the same whatever the order: no blocking, thread, instruction set or batch can change it.
+//             It is rounded once, to float32, and multiplied by s.
 // WEIGHTS     u = w + 128 (unsigned): sum q w = sum q u - 128 sum q. Dot product instructions take one operand of each sign.
-// UNITS       avx512_vnni and amx multiply bytes: q = 256 hi + lo, both signed bytes, two int32 sums (|hi|, |lo| <= 128, u
-// <= 255:
-//             exact for K <= 65,536). avx512 and avx2 multiply 16-bit integers and empty their int32 sums every kMaddTiles
-//             tiles. The baseline adds in int64.
+// UNITS       avx512_vnni and amx multiply bytes: q = lo + 256 hi, planes of signed bytes, an int32 sum of each (|lo|, |hi|
+//             <= 127 or lo = -128, u <= 255: exact for K <= 65,536). 8 bits are one plane, lo: hi would be zero. avx512 and
+//             avx2 multiply 16-bit integers, whatever the bits, and empty their int32 sums every kMaddTiles tiles. The
+//             baseline adds in int64.
 #ifndef PADDLE_MIXTRAL_MATMUL_INT8_H_
 #define PADDLE_MIXTRAL_MATMUL_INT8_H_
+
+#include <type_traits>
 
 #include "../include/quantize.h"
 #include "matmul.h"
@@ -20,39 +22,43 @@ namespace pm {
 namespace PM_ISA {
 namespace {
 
-constexpr int kTileColumns = PM_INT8_TILE_COLUMNS;  // 64
-constexpr int kQuads = kTileColumns / 4;            // groups of four columns, side by side for each row
-constexpr int kQuadBytes = PM_INT8_TILE_ROWS * 4;   // [32 rows][4 columns]
-constexpr int kTileBytes = kQuads * kQuadBytes;     // 2048
-constexpr float kLargestQ = 32639.0f;               // 127 * 256 + 127
-constexpr float kSmallestToken = 0x1p-100f;         // 32639 / it is finite
+constexpr int kTileColumns = PM_INT8_TILE_COLUMNS;       // 64
+constexpr int kQuads = kTileColumns / 4;                 // groups of four columns, side by side for each row
+constexpr int kQuadBytes = PM_INT8_TILE_ROWS * 4;        // [32 rows][4 columns]
+constexpr int kTileBytes = kQuads * kQuadBytes;          // 2048
+constexpr float kLargestQ[] = {0.0f, 127.0f, 32639.0f};  // by planes; 32639 = 127 * 256 + 127
+constexpr float kSmallestToken = 0x1p-100f;              // 32639 / it is finite
 
 constexpr int kTileUnitWorth = 8;  // tokens: a tile of one row costs the unit as much as one of sixteen
+static_assert(kTileUnitWorth >= 2, "amx_dots halves a panel");
 
+// Tokens of a panel: as many as the sums of a tile with them fit into registers, together with what they are made of.
+constexpr int kTilePanel = 32, kVnniPanel = 12;  // of planes of tokens
 #if defined(__AVX512F__)
-constexpr int kFixedPanel = 6;
+constexpr int kMaddPanel = 6;
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int kFixedPanel = 3;
+constexpr int kMaddPanel = 3;
 #else
-constexpr int kFixedPanel = 1;
+constexpr int kMaddPanel = 1;
 #endif
 
 // A block of tokens of K columns as integers, zeros beyond K up to whole tiles; the panels of a unit are laid out for it:
-//   vnni        [quad][token][hi: 4 bytes, lo: 4 bytes]
+//   vnni        [quad][token][plane][4 bytes]
 //   madd        [quad][token][4 int16]
-//   amx         [tile][hi, lo][token][64 bytes], panels of up to 16 tokens
+//   amx         [tile][plane][token][64 bytes]
 struct FixedTokens {
-  int8_t* data;    // two bytes an element
+  int8_t* data;
   float* scale;    // [count] s, NaN for a token that is not finite
   int64_t* total;  // [count] sum of q
   Panels panels;
   int64_t K;
   Isa unit;
+  int planes;  // 2: 16 bits, 1: 8 bits
 
   static int64_t tiles_of(int64_t K) { return equal_parts(K, kTileColumns); }
-  static int64_t token_bytes(int64_t K) { return tiles_of(K) * kTileColumns * 2; }
+  static int64_t largest_bytes(int64_t K) { return tiles_of(K) * kTileColumns * 2; }  // of a token
 
-  const int8_t* panel(int64_t p) const { return data + panels.begin(p) * token_bytes(K); }
+  int8_t* panel(int64_t p) const { return data + panels.begin(p) * tiles_of(K) * kTileColumns * element_bytes(); }
 
   // row: the K elements of token t.
   template <class X>
@@ -66,11 +72,11 @@ struct FixedTokens {
     const float most = reduce_max(largest);
     const bool usable = reduce_add(finite) == 0.0f;
     const bool nothing = !usable || most < kSmallestToken;
-    scale[t] = !usable ? NAN : nothing ? 0.0f : most / kLargestQ;
-    const F32x16 inverse = set1(nothing ? 0.0f : kLargestQ / most);
+    scale[t] = !usable ? NAN : nothing ? 0.0f : most / kLargestQ[planes];
+    const F32x16 inverse = set1(nothing ? 0.0f : kLargestQ[planes] / most);
 
     const int64_t p = panels.of(t), width = panels.width(p), lane = t - panels.begin(p);
-    int8_t* to = data + panels.begin(p) * token_bytes(K);
+    int8_t* to = panel(p);
     int64_t sum = 0;
     for (int64_t tile = 0; tile < tiles_of(K); ++tile) {
       alignas(64) int32_t q[kTileColumns];
@@ -80,21 +86,19 @@ struct FixedTokens {
         store_rounded(q + i, any ? mul(load_upto(row + k, K - k), inverse) : zero());
       }
       for (int i = 0; i < kTileColumns; ++i) sum += q[i];
-      alignas(64) int8_t hi[kTileColumns], lo[kTileColumns];
+      alignas(64) int8_t bytes[2][kTileColumns];
       alignas(64) int16_t whole[kTileColumns];
       switch (unit) {
         case Isa::amx:
-          split(q, hi, lo);
-          memcpy(to + ((tile * 2 + 0) * width + lane) * kTileColumns, hi, kTileColumns);
-          memcpy(to + ((tile * 2 + 1) * width + lane) * kTileColumns, lo, kTileColumns);
+          split(q, bytes[0], bytes[1]);
+          for (int plane = 0; plane < planes; ++plane)
+            memcpy(to + ((tile * planes + plane) * width + lane) * kTileColumns, bytes[plane], kTileColumns);
           break;
         case Isa::avx512_vnni:
-          split(q, hi, lo);
-          for (int quad = 0; quad < kQuads; ++quad) {
-            int8_t* at = to + ((tile * kQuads + quad) * width + lane) * 8;
-            memcpy(at, hi + quad * 4, 4);
-            memcpy(at + 4, lo + quad * 4, 4);
-          }
+          split(q, bytes[0], bytes[1]);
+          for (int quad = 0; quad < kQuads; ++quad)
+            for (int plane = 0; plane < planes; ++plane)
+              memcpy(to + (((tile * kQuads + quad) * width + lane) * planes + plane) * 4, bytes[plane] + quad * 4, 4);
           break;
         default:
           for (int i = 0; i < kTileColumns; ++i) whole[i] = static_cast<int16_t>(q[i]);
@@ -106,7 +110,8 @@ struct FixedTokens {
   }
 
  private:
-  static void split(const int32_t* q, int8_t* hi, int8_t* lo) {
+  int64_t element_bytes() const { return unit == Isa::amx || unit == Isa::avx512_vnni ? planes : 2; }
+  static void split(const int32_t* q, int8_t* lo, int8_t* hi) {
     for (int i = 0; i < kTileColumns; ++i) {
       const int32_t h = (q[i] + 128) >> 8;
       hi[i] = static_cast<int8_t>(h);
@@ -120,11 +125,14 @@ struct FixedScratch {
   Scratch<int8_t> data;
   Scratch<float> scale;
   Scratch<int64_t> total;
-  FixedScratch(int64_t count, int64_t K) : data(count * FixedTokens::token_bytes(K)), scale(count), total(count) {}
+  int planes;
+  FixedScratch(int64_t count, int64_t K, int activation_bits)
+      : data(count * FixedTokens::largest_bytes(K)), scale(count), total(count), planes(activation_bits / 8) {}
   bool failed() const { return !data.data || !scale.data || !total.data; }
   FixedTokens block(int64_t count, int64_t K) const {
     const Isa unit = isa() == Isa::amx && count < kTileUnitWorth ? Isa::avx512_vnni : isa();
-    return {data.data, scale.data, total.data, {count, unit == Isa::amx ? 16 : kFixedPanel}, K, unit};
+    const int widest = unit == Isa::amx ? kTilePanel / planes : unit == Isa::avx512_vnni ? kVnniPanel / planes : kMaddPanel;
+    return {data.data, scale.data, total.data, {count, widest}, K, unit, planes};
   }
 };
 
@@ -136,8 +144,8 @@ inline void finish_sums(const double* total, int64_t token_total, float scale, f
 
 #if defined(__AVX512F__)
 
-// The same where it is 256 hi + lo.
-inline void finish_sums(__m512i hi, __m512i lo, int64_t token_total, float scale, float* sums) {
+// The same where it is lo + 256 hi.
+inline void finish_sums(__m512i lo, __m512i hi, int64_t token_total, float scale, float* sums) {
   const __m512d offset = _mm512_set1_pd(128.0 * static_cast<double>(token_total)), weight = _mm512_set1_pd(256.0);
   const __m512d h0 = _mm512_cvtepi32_pd(_mm512_castsi512_si256(hi)),
                 h1 = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(hi, 1));
@@ -152,69 +160,74 @@ inline void finish_sums(__m512i hi, __m512i lo, int64_t token_total, float scale
 // of its own intrinsic on the stack.)
 inline void dpbusd(__m512i& sum, __m512i u, __m512i q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(q)); }
 
-// A tile row w of `tiles` tiles with a panel of C tokens: sums[c * kTile + r].
-template <int C>
-void vnni_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale, const int64_t* total, float* sums) {
-  __m512i hi[2][C], lo[2][C];
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) hi[0][c] = hi[1][c] = lo[0][c] = lo[1][c] = _mm512_setzero_si512();
-  for (int64_t quad = 0; quad < tiles * kQuads; ++quad, w += kQuadBytes, panel += 8 * C) {
+// A tile row w of `tiles` tiles with a panel of C tokens: sums[c * kTile + r]. (Inlined where it is chosen among others, gcc
+// 12 keeps all its accumulators on the stack.)
+template <int Planes, int C>
+__attribute__((noinline)) void vnni_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale,
+                                         const int64_t* total, float* sums) {
+  constexpr int kSums = C * Planes;  // token and plane
+  __m512i first[kSums], second[kSums];
+#pragma GCC unroll 12
+  for (int i = 0; i < kSums; ++i) first[i] = second[i] = _mm512_setzero_si512();
+  for (int64_t quad = 0; quad < tiles * kQuads; ++quad, w += kQuadBytes, panel += 4 * kSums) {
     // Few tokens wait for memory, and the processor's own prefetch of one long stream is the fastest there is. More tokens
     // keep it waiting, and it stops.
-    if (C >= 4) {
+    if (kSums >= 8) {
       __builtin_prefetch(w + 4096, 0, 2);
       __builtin_prefetch(w + 4096 + 64, 0, 2);
     }
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + kQuadBytes / 2);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      int32_t h, l;
-      memcpy(&h, panel + 8 * c, 4);
-      memcpy(&l, panel + 8 * c + 4, 4);
-      const __m512i vh = _mm512_set1_epi32(h), vl = _mm512_set1_epi32(l);
-      dpbusd(hi[0][c], w0, vh);
-      dpbusd(hi[1][c], w1, vh);
-      dpbusd(lo[0][c], w0, vl);
-      dpbusd(lo[1][c], w1, vl);
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) {
+      int32_t four;
+      memcpy(&four, panel + 4 * i, 4);
+      const __m512i q = _mm512_set1_epi32(four);
+      dpbusd(first[i], w0, q);
+      dpbusd(second[i], w1, q);
     }
   }
-#pragma GCC unroll 8
+  const __m512i none = _mm512_setzero_si512();
+#pragma GCC unroll 12
   for (int c = 0; c < C; ++c) {
-    finish_sums(hi[0][c], lo[0][c], total[c], scale[c], sums + c * kTile);
-    finish_sums(hi[1][c], lo[1][c], total[c], scale[c], sums + c * kTile + kHalfTile);
+    const int lo = c * Planes, hi = lo + Planes - 1;
+    finish_sums(first[lo], Planes == 1 ? none : first[hi], total[c], scale[c], sums + c * kTile);
+    finish_sums(second[lo], Planes == 1 ? none : second[hi], total[c], scale[c], sums + c * kTile + kHalfTile);
   }
 }
 
-// The same for up to sixteen tokens.
-PM_TILES_TARGET void amx_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, int width, const float* scale,
-                              const int64_t* total, float* sums) {
-  configure_tiles(width);
-  // 0, 1: sums of hi with the tile's halves; 2, 3: of lo; 4, 5: hi, lo; 6, 7: the halves. The intrinsics take literals only.
+// The same for up to kTilePanel / planes tokens, two at least.
+PM_TILES_TARGET void amx_dots(int planes, const uint8_t* w, int64_t tiles, const int8_t* panel, int width,
+                              const float* scale, const int64_t* total, float* sums) {
+  // 4: the first plane of all tokens, and 5: the second; or, of one plane, the two halves of the tokens. 6, 7: the weights'
+  // halves. 0, 1: their sums with 4; 2, 3: with 5. The intrinsics take literals only.
+  const int upper = planes == 2 ? width : width / 2, lower = planes * width - upper;
+  configure_tiles(lower, upper);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const int64_t plane = static_cast<int64_t>(width) * kTileColumns;
-  for (int64_t tile = 0; tile < tiles; ++tile, w += kTileBytes, panel += 2 * plane) {
+  for (int64_t tile = 0; tile < tiles; ++tile, w += kTileBytes, panel += (lower + upper) * kTileColumns) {
     _tile_loadd(6, w, kQuadBytes);
     _tile_loadd(7, w + kQuadBytes / 2, kQuadBytes);
     _tile_loadd(4, panel, 64);
-    _tile_loadd(5, panel + plane, 64);
+    _tile_loadd(5, panel + lower * kTileColumns, 64);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
   }
-  alignas(64) int32_t hi[2][16 * 16], lo[2][16 * 16];
-  _tile_stored(0, hi[0], 64);
-  _tile_stored(1, hi[1], 64);
-  _tile_stored(2, lo[0], 64);
-  _tile_stored(3, lo[1], 64);
+  alignas(64) int32_t found[2][kTilePanel * kHalfTile];  // of the weights' halves: [plane][token][row]
+  _tile_stored(0, found[0], 64);
+  _tile_stored(1, found[1], 64);
+  _tile_stored(2, found[0] + lower * kHalfTile, 64);
+  _tile_stored(3, found[1] + lower * kHalfTile, 64);
   _tile_release();
   for (int c = 0; c < width; ++c)
-    for (int half = 0; half < 2; ++half)
-      finish_sums(_mm512_load_si512(hi[half] + c * 16), _mm512_load_si512(lo[half] + c * 16), total[c], scale[c],
-                  sums + c * kTile + half * kHalfTile);
+    for (int half = 0; half < 2; ++half) {
+      const int32_t* lo = found[half] + c * kHalfTile;
+      const __m512i hi = planes == 1 ? _mm512_setzero_si512() : _mm512_load_si512(lo + width * kHalfTile);
+      finish_sums(_mm512_load_si512(lo), hi, total[c], scale[c], sums + c * kTile + half * kHalfTile);
+    }
 }
 
 #endif
@@ -244,7 +257,8 @@ inline void store_sums(int32_t* p, I16 a) { _mm256_store_si256(reinterpret_cast<
 #endif
 
 template <int C>
-void madd_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale, const int64_t* total, float* sums) {
+__attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale,
+                                         const int64_t* total, float* sums) {
   constexpr int R = 4, kRows = R * kMaddRows;  // rows at once: a tile, or half of one
   for (int row = 0; row < kTile; row += kRows) {
     double exact[C][kRows] = {};
@@ -307,16 +321,6 @@ void madd_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float
 
 #endif
 
-template <int C>
-inline void fixed_dots(Isa unit, const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale,
-                       const int64_t* total, float* sums) {
-#if defined(__AVX512F__)
-  if (unit == Isa::avx512_vnni) return vnni_dots<C>(w, tiles, panel, scale, total, sums);
-#endif
-  (void)unit;
-  madd_dots<C>(w, tiles, panel, scale, total, sums);
-}
-
 // The product of a packed weight of any number of rows: w [tiles of rows][tiles of columns][kTileBytes].
 struct FixedProduct {
   const FixedTokens& tokens;
@@ -337,26 +341,21 @@ struct FixedProduct {
   void dots(const uint8_t* row, int64_t tiles, const int8_t* panel, int width, const float* scale, const int64_t* total,
             float* sums) const {
 #if defined(__AVX512F__)
-    if (tokens.unit == Isa::amx) return amx_dots(row, tiles, panel, width, scale, total, sums);
+    if (tokens.unit == Isa::amx) return amx_dots(tokens.planes, row, tiles, panel, width, scale, total, sums);
+    if (tokens.unit == Isa::avx512_vnni)
+      return tokens.planes == 1
+                 ? of_width<kVnniPanel>(width, [&](auto C) { vnni_dots<1, C>(row, tiles, panel, scale, total, sums); })
+                 : of_width<kVnniPanel / 2>(width, [&](auto C) { vnni_dots<2, C>(row, tiles, panel, scale, total, sums); });
 #endif
-    switch (width) {
-      case 1:
-        return fixed_dots<1>(tokens.unit, row, tiles, panel, scale, total, sums);
-#if defined(__AVX2__) && defined(__FMA__)
-      case 2:
-        return fixed_dots<2>(tokens.unit, row, tiles, panel, scale, total, sums);
-      case 3:
-        return fixed_dots<3>(tokens.unit, row, tiles, panel, scale, total, sums);
-#endif
-#if defined(__AVX512F__)
-      case 4:
-        return fixed_dots<4>(tokens.unit, row, tiles, panel, scale, total, sums);
-      case 5:
-        return fixed_dots<5>(tokens.unit, row, tiles, panel, scale, total, sums);
-      case 6:
-        return fixed_dots<6>(tokens.unit, row, tiles, panel, scale, total, sums);
-#endif
-    }
+    of_width<kMaddPanel>(width, [&](auto C) { madd_dots<C>(row, tiles, panel, scale, total, sums); });
+  }
+
+  // kernel(width), as a constant; 1 <= width <= Widest.
+  template <int Widest, class Kernel>
+  static void of_width(int width, Kernel kernel) {
+    if constexpr (Widest > 1)
+      if (width < Widest) return of_width<Widest - 1>(width, kernel);
+    kernel(std::integral_constant<int, Widest>());
   }
 };
 

@@ -65,9 +65,9 @@ inline F32x16 swiglu(F32x16 gate, F32x16 up) { return mul(div(gate, add(set1(1.0
 // Experts of rows of W, and their products with a block of tokens.
 template <class W>
 struct FloatExperts {
-  using Block = FloatScratch;
   const W *w13, *w2;
   int64_t H, I;
+  FloatScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
   FloatProduct<W> gate_up(int64_t e, const FloatTokens& x) const {
     const W* gate = w13 + e * 2 * I * H;
     return {x, gate, gate + I * H, I};
@@ -77,9 +77,10 @@ struct FloatExperts {
 
 // Experts of packed int8: the two halves of a tile of w13 hold gate and up rows.
 struct FixedExperts {
-  using Block = FixedScratch;
   const uint8_t *w13, *w2;
   int64_t H, I;
+  int activation_bits;
+  FixedScratch scratch(int64_t count, int64_t K) const { return {count, K, activation_bits}; }
   FixedProduct gate_up(int64_t e, const FixedTokens& x) const {
     return {x, w13 + e * equal_parts(I, kHalfTile) * FixedTokens::tiles_of(H) * kTileBytes};
   }
@@ -95,7 +96,7 @@ int run_experts(const X* x, const float* gate, const Experts& experts, const flo
   const Scratch<float> shares(T * E), share_of(largest), hidden(largest * I);
   const Scratch<uint8_t> chosen(T * E);
   const Scratch<int64_t> token_of(largest);
-  const typename Experts::Block x_block(largest, H), h_block(largest, I);
+  const auto x_block = experts.scratch(largest, H), h_block = experts.scratch(largest, I);
   if (!shares.data || !share_of.data || !hidden.data || !chosen.data || !token_of.data || x_block.failed() ||
       h_block.failed())
     return PM_OUT_OF_MEMORY;
@@ -145,13 +146,14 @@ int run_experts(const X* x, const float* gate, const Experts& experts, const flo
 
 template <class X>
 int fused_moe_typed(const X* x, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype, const float* w13_scale,
-                    const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k) {
+                    const float* w2_scale, int activation_bits, float* y, int64_t T, int64_t H, int64_t I, int64_t E,
+                    int64_t top_k) {
   const auto run = [&](const auto& experts) {
     return run_experts(x, gate, experts, w13_scale, w2_scale, y, T, H, I, E, top_k);
   };
   switch (w_dtype) {
     case PM_I8:
-      return run(FixedExperts{static_cast<const uint8_t*>(w13), static_cast<const uint8_t*>(w2), H, I});
+      return run(FixedExperts{static_cast<const uint8_t*>(w13), static_cast<const uint8_t*>(w2), H, I, activation_bits});
     case PM_BF16:
       return run(FloatExperts<bf16>{static_cast<const bf16*>(w13), static_cast<const bf16*>(w2), H, I});
     default:
@@ -162,12 +164,12 @@ int fused_moe_typed(const X* x, const float* gate, const void* w13, const void* 
 }  // namespace
 
 int fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype,
-              const float* w13_scale, const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E,
-              int64_t top_k, void*) {
-  return x_dtype == PM_BF16 ? fused_moe_typed(static_cast<const bf16*>(x), gate, w13, w2, w_dtype, w13_scale, w2_scale, y, T,
-                                              H, I, E, top_k)
-                            : fused_moe_typed(static_cast<const float*>(x), gate, w13, w2, w_dtype, w13_scale, w2_scale, y,
-                                              T, H, I, E, top_k);
+              const float* w13_scale, const float* w2_scale, int activation_bits, float* y, int64_t T, int64_t H, int64_t I,
+              int64_t E, int64_t top_k, void*) {
+  return x_dtype == PM_BF16 ? fused_moe_typed(static_cast<const bf16*>(x), gate, w13, w2, w_dtype, w13_scale, w2_scale,
+                                              activation_bits, y, T, H, I, E, top_k)
+                            : fused_moe_typed(static_cast<const float*>(x), gate, w13, w2, w_dtype, w13_scale, w2_scale,
+                                              activation_bits, y, T, H, I, E, top_k);
 }
 
 }  // namespace PM_ISA
@@ -175,6 +177,6 @@ int fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w1
 
 PM_EXPORT(fused_moe,
           (const void* x, pm_dtype x_dtype, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype,
-           const float* w13_scale, const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E,
-           int64_t top_k, void* stream),
-          (x, x_dtype, gate, w13, w2, w_dtype, w13_scale, w2_scale, y, T, H, I, E, top_k, stream))
+           const float* w13_scale, const float* w2_scale, int activation_bits, float* y, int64_t T, int64_t H, int64_t I,
+           int64_t E, int64_t top_k, void* stream),
+          (x, x_dtype, gate, w13, w2, w_dtype, w13_scale, w2_scale, activation_bits, y, T, H, I, E, top_k, stream))

@@ -11,8 +11,9 @@ namespace pm {
 namespace PM_ISA {
 namespace {
 
-// Tiles 0..5 of `rows` rows, 6 and 7 of sixteen; every row is 64 bytes. This thread's until _tile_release().
-PM_TILES_TARGET inline void configure_tiles(int rows) {
+// Tiles 0, 1 and 4 of `first` rows, 2, 3 and 5 of `second`, 6 and 7 of sixteen; every row is 64 bytes. This thread's until
+// _tile_release().
+PM_TILES_TARGET inline void configure_tiles(int first, int second) {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -20,7 +21,7 @@ PM_TILES_TARGET inline void configure_tiles(int rows) {
   } config;
   for (int i = 0; i < 8; ++i) {
     config.row_bytes[i] = 64;
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
+    config.rows[i] = static_cast<uint8_t>(i >= 6 ? 16 : i == 0 || i == 1 || i == 4 ? first : second);
   }
   // gcc 12 tells the optimiser of 8 of the 64 bytes only.
   asm volatile("" : : "r"(&config) : "memory");

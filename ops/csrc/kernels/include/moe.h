@@ -4,13 +4,14 @@
 //             w13 [E, 2I, H]: rows 0..I-1 are w1 (gate projection), rows I..2I-1 are w3 (up projection)
 //             w2 [E, H, I]; both in w_dtype: PM_F32 or PM_BF16 row-major, or PM_I8, each expert as quantize.h packs it,
 //             w13 with gate rows 16i..16i+15 and up rows 16i..16i+15 as the halves of tile i; H, I <= 65,536
-//             w13_scale [E, 2I], w2_scale [E, H] float32 for PM_I8, else NULL
+//             w13_scale [E, 2I], w2_scale [E, H] float32 for PM_I8, else NULL; activation_bits 16 or 8 for PM_I8, else
+//             without meaning
 //             y [T, H] float32
 // DEFINITION  p = softmax(x gate^T) in float32; the top_k experts of largest p (ties: the lower index), in decreasing p;
 //             their p renormalised to sum 1; for each chosen expert e:
 //             h = silu(w13_scale * (w1 x)) * (w13_scale * (w3 x)) in float32;   y = sum over chosen e, in increasing
 //             expert index, of p_e * (w2_scale * (w2 h))
-//             With PM_I8 x and h are rounded to 16-bit fixed point before each product, as linear.h says.
+//             With PM_I8 x and h are rounded to fixed point of activation_bits before each product, as linear.h says.
 // ORDER       every product as linear.h says; y[t] never depends on the other tokens, threads or instruction set.
 // SOURCE      Jiang et al., Mixtral of Experts, arXiv:2401.04088
 // REGULARITIES T = 1..64 in decode, thousands in prefill; E = 8, top_k = 2; experts unevenly loaded, some not at all
@@ -25,8 +26,8 @@ extern "C" {
 #endif
 
 int pm_cpu_fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype,
-                     const float* w13_scale, const float* w2_scale, float* y, int64_t T, int64_t H, int64_t I, int64_t E,
-                     int64_t top_k, void* stream);
+                     const float* w13_scale, const float* w2_scale, int activation_bits, float* y, int64_t T, int64_t H,
+                     int64_t I, int64_t E, int64_t top_k, void* stream);
 
 #ifdef __cplusplus
 }
