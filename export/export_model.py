@@ -129,7 +129,7 @@ def export(args: argparse.Namespace, ranks: Ranks) -> None:
     )
     if ranks.rank == 0:
         size = sum(entry["bytes"] for entry in artifact.files.values())
-        print(f"{artifact.folder}: {artifact.dtype}{' weight_only_int8' if artifact.quant_type else ''}, ", end="")
+        print(f"{artifact.folder}: {' '.join(filter(None, (artifact.dtype, artifact.quant_type)))}, ", end="")
         print(f"{artifact.world_size} rank(s), {size / 1e6:.1f} MB; run it with predictor.py --mode static")
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from predict.engine.request import SamplingParams
+from predict.model.mixtral import QUANT_TYPES
 from predict.model.weights import DEMO
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -107,7 +108,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     """Adds the flags that say how a model is run, whatever it is run for."""
     model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
-    model.add_argument("--quant_type", type=_quant_type, metavar="weight_only_int8", help="int8 weights (alias: wint8)")
+    model.add_argument(
+        "--quant_type",
+        type=_quant_type,
+        metavar="TYPE",
+        help="weight_only_int8 (alias: wint8): int8 weights; a8w8: activations in 8 bits, too: faster, less exact",
+    )
     model.add_argument("--mode", choices=["dynamic", "static"], help=f"default: {default_mode}")
     model.add_argument("--block_size", type=count, metavar="N", help="tokens in a page of the KV cache; default: 64")
     model.add_argument("--num_hidden_layers", type=count, metavar="N", help="layers of a dummy model")
@@ -222,11 +228,12 @@ def nonempty(text: str) -> str:
 
 
 def _quant_type(text: str) -> str:
-    if text in ("weight_only_int8", "wint8"):
-        return "weight_only_int8"
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not supported; use weight_only_int8 (or wint8), or leave the flag out"
-    )
+    name = "weight_only_int8" if text == "wint8" else text
+    if name not in QUANT_TYPES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not supported; use weight_only_int8 (or wint8) or a8w8, or leave the flag out"
+        )
+    return name
 
 
 def _only_path(text: str) -> bool:

@@ -36,7 +36,7 @@ class LLM:
         model: checkpoint folder, exported folder, "dummy:CONFIG", or the name of a remote model.
         mode: "dynamic" or "static"; by default what the folder is.
         dtype: "bfloat16" or "float32"; by default the checkpoint's own, or what was exported.
-        quant_type: "weight_only_int8" or None.
+        quant_type: "weight_only_int8", "a8w8" (the same weights, activations in 8 bits: faster, less exact) or None.
         max_num_seqs: sequences that run together at the most; the others wait.
         max_num_batched_tokens: new tokens a step computes at the most.
         kv_cache_memory: bytes of each rank's KV cache; by default half of the memory that is free, or less where

@@ -32,6 +32,7 @@ from predict.bench.traffic import Traffic
 from predict.engine.batch import Chunk, StepBatch, pack
 from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.engine.request import SamplingParams, Sequence
+from predict.model.mixtral import QUANT_TYPES
 from predict.parallel import Ranks, barrier
 
 SEED = 0
@@ -41,7 +42,7 @@ READ_BYTES = 1 << 29  # at real sizes, the steps between two readings have drive
 UNITS_OF = {
     "float32": ("float32",),
     "bfloat16": ("float32", "avx512_bf16", "amx_bf16"),
-    "weight_only_int8": ("float32", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"),
+    **dict.fromkeys(QUANT_TYPES, ("float32", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")),
 }
 
 

@@ -90,7 +90,7 @@ def name_of(entry: dict[str, Any]) -> str:
 def describe(found: dict[str, Any]) -> list[str]:
     """Two lines: the model and how it runs, and on what."""
     machine, model = found["machine"], found["model"]
-    weights = "int8 weights" if model["quant_type"] else f"{model['dtype']} weights"
+    weights = model["quant_type"] or f"{model['dtype']} weights"
     return [
         f"{model['name']}, {_plural(model['num_hidden_layers'], 'layer')}, {model['dtype']}, {weights} "
         f"({model['weight_bytes'] / 1e9:.2f} GB), {model['mode']}; {_plural(model['ranks'], 'rank')} of "

@@ -21,24 +21,25 @@ from ops.sampling import sample
 from predict.model.config import ConfigError, MixtralConfig
 from predict.model.memory import empty, host_view
 
-QUANT_TYPES = ("weight_only_int8",)
+# Both have int8 weights; by the bits of the fixed point that what they are multiplied with is rounded to.
+QUANT_TYPES = {"weight_only_int8": 16, "a8w8": 8}
 
 
 class Linear(nn.Layer):
-    """y = x W^T with W [out, in] in the activation dtype or weight-only int8."""
+    """y = x W^T with W [out, in] in the activation dtype or int8."""
 
     def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None, out_dtype: str):
         super().__init__()
         self.out_dtype = out_dtype
-        self.quantised = quant_type is not None
-        if self.quantised:
+        self.activation_bits = _activation_bits(quant_type)
+        if self.activation_bits is not None:
             _add_int8(self, "weight", packed_shape(out_features, in_features), [out_features, in_features])
         else:
             _add_buffer(self, "weight", [out_features, in_features], dtype)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if self.quantised:
-            return weight_only_linear(x, self.weight, self.weight_scale, self.out_dtype)
+        if self.activation_bits is not None:
+            return weight_only_linear(x, self.weight, self.weight_scale, self.out_dtype, self.activation_bits)
         return linear(x, self.weight, self.out_dtype)
 
 
@@ -58,8 +59,8 @@ class DecoderLayer(nn.Layer):
         _add_buffer(self, "post_attention_layernorm", [hidden], "float32")
         _add_buffer(self, "gate", [experts, hidden], "float32")
         w13, w2 = [experts, 2 * intermediate, hidden], [experts, hidden, intermediate]
-        self.quantised = quant_type is not None
-        if self.quantised:
+        self.activation_bits = _activation_bits(quant_type)
+        if self.activation_bits is not None:
             _add_int8(self, "w13", [experts, *gate_up_shape(intermediate, hidden)], w13)
             _add_int8(self, "w2", [experts, *packed_shape(hidden, intermediate)], w2)
         else:
@@ -87,8 +88,9 @@ class DecoderLayer(nn.Layer):
         )  # [T, Hq * D]
         delta = all_reduce(self.o_proj(attended), self.world_size)
         normed, residual = add_rms_norm(residual, delta, self.post_attention_layernorm, eps, self.dtype)
-        w13_scale, w2_scale = (self.w13_scale, self.w2_scale) if self.quantised else (None, None)
-        mixed = fused_moe(normed, self.gate, self.w13, self.w2, self.config.num_experts_per_tok, w13_scale, w2_scale)
+        int8 = self.activation_bits is not None
+        quantised = (self.w13_scale, self.w2_scale, self.activation_bits) if int8 else ()
+        mixed = fused_moe(normed, self.gate, self.w13, self.w2, self.config.num_experts_per_tok, *quantised)
         return residual, all_reduce(mixed, self.world_size)
 
 
@@ -98,7 +100,7 @@ class Mixtral(nn.Layer):
     Args:
         config: the model.
         dtype: activations, KV cache and unquantised weights: "bfloat16" or "float32".
-        quant_type: "weight_only_int8", or None.
+        quant_type: "weight_only_int8" (activations enter products in 16 bits), "a8w8" (in 8 bits), or None.
         world_size: ranks the heads, experts' intermediate size and vocabulary are split over.
 
     Raises:
@@ -175,6 +177,10 @@ def check_shardable(config: MixtralConfig, world_size: int) -> None:
             raise ConfigError(
                 f"{name} {value} cannot be split over {world_size} ranks; use a number of ranks that divides it"
             )
+
+
+def _activation_bits(quant_type: str | None) -> int | None:
+    return None if quant_type is None else QUANT_TYPES[quant_type]
 
 
 def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> None:

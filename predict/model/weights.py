@@ -135,8 +135,8 @@ def load(
 
     Args:
         dtype: of activations and unquantised weights: "bfloat16" or "float32".
-        quant_type: "weight_only_int8" or None. Whole rows are quantised before they are split, so scales do not
-            depend on the number of ranks.
+        quant_type: "weight_only_int8", "a8w8" (the same weights) or None. Whole rows are quantised before they are
+            split, so scales do not depend on the number of ranks.
     """
     model = Mixtral(config, dtype, quant_type, world_size)
     _Loader(model, source, rank).load()

@@ -177,7 +177,7 @@ def test_predictor_benchmark_is_the_bench(monkeypatch, capsys):
         monkeypatch.setattr(planning, f"DEFAULT_{name}", value)
     assert predict(["--benchmark", "--quant_type", "wint8", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert "int8 weights" in out
+    assert "bfloat16, weight_only_int8 (" in out
     assert "decode, batch 1, context 5" in out
 
 

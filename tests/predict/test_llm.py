@@ -166,7 +166,7 @@ def test_conversations_the_template_refuses(llm, messages, message):
     [
         ({"mode": "eager"}, "mode is 'eager', needs 'dynamic' or 'static'"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
-        ({"quant_type": "int4"}, "quant_type is 'int4', needs weight_only_int8"),
+        ({"quant_type": "int4"}, "quant_type is 'int4', needs weight_only_int8 or a8w8"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0, needs a positive integer"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, needs a positive integer"),
         ({"kv_cache_memory": 1000}, "0.001 MB of KV cache hold no page: 64 tokens of"),

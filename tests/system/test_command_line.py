@@ -66,7 +66,7 @@ USAGE = {
     "--mode eager": "invalid choice: 'eager'",
     "--device tpu": "invalid choice: 'tpu'",
     "--decode_strategy beam": "invalid choice: 'beam'",
-    "--quant_type int4": "'int4' is not supported; use weight_only_int8 (or wint8)",
+    "--quant_type int4": "'int4' is not supported; use weight_only_int8 (or wint8) or a8w8",
     "--block_attn false": "'false': this is the only path there is and cannot be switched off",
     "--threads x": "argument --threads: 'x', needs an integer of at least 1",
     "--temperature hot": "argument --temperature: invalid float value: 'hot'",

@@ -17,7 +17,7 @@ from tests.logits import logits_in_chunks, runner
 from tests.ops.instruction_sets import available
 from tests.predict.invariants import check_invariants
 
-KINDS = [("bfloat16", None), ("bfloat16", "weight_only_int8"), ("float32", None)]
+KINDS = [("bfloat16", None), ("bfloat16", "weight_only_int8"), ("bfloat16", "a8w8"), ("float32", None)]
 PROMPTS = 200
 NEW_TOKENS = 16
 # Fresh processes import the tests too.

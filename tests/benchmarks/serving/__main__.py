@@ -71,7 +71,7 @@ def _facts(args: argparse.Namespace, llm: LLM, requests: list[measure.Request], 
         "machine": f"{processor()}, {len(os.sched_getaffinity(0))} processors, {total_memory() / 1e9:.1f} GB, "
         f"{library.cpu_isa()} kernels on {library.num_threads()} threads; load average {load:.1f} before the run",
         "model": f"{args.model}, {llm.config.num_hidden_layers} layers, {llm.dtype}, "
-        f"{'int8 weights, ' if llm.quant_type else ''}{llm.runner.mode}; Paddle {paddle.__version__}",
+        f"{llm.quant_type + ', ' if llm.quant_type else ''}{llm.runner.mode}; Paddle {paddle.__version__}",
         "requests": f"{len(requests)}; prompts of {_range(prompts)} tokens, answers of {_range(outputs)}",
         "engine": f"max_num_seqs {llm.max_num_seqs}, max_num_batched_tokens {llm.max_num_batched_tokens}",
     }
