@@ -4,7 +4,7 @@ Names are those of the network's buffers (layers.0.w13, layers.0.w13_scale, ...)
 begins on a page of the file; tensors whose size is a multiple of a page, half a page, ... come first and begin on such.
 
 Decoding reads nearly all of this memory for every token, so it should lie in huge pages. Where the system caches files
-in huge pages (Linux 6.16 on ext4, for one) the file is mapped: nothing is copied, and all processes that run the same
+in huge pages (as Linux 6.18 on ext4 does) the file is mapped: nothing is copied, and all processes that run the same
 export share it. Elsewhere a mapping would decode slower by some 15 %, so the file is copied into huge pages of our own.
 """
 
