@@ -17,8 +17,8 @@ namespace {
 constexpr int kHalfTile = 16;         // a tile is two runs of 16 rows (the gate and the up rows of one slice)
 constexpr int kTile = 2 * kHalfTile;  // rows
 constexpr int kTaskTokens = 48;       // of one task: 768 KiB of float32 at K = 4096, for the second-level cache
-constexpr int64_t kBlockElements =
-    1 << 21;  // of a block of tokens, 8 MiB of float32: for the third, and bounds the workspace
+// Of a block of tokens, 8 MiB of float32: for the third-level cache, and bounds the workspace.
+constexpr int64_t kBlockElements = 1 << 21;
 constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds below which waking a thread costs more than it saves
 
 inline int64_t equal_parts(int64_t total, int64_t largest) { return (total + largest - 1) / largest; }
@@ -55,7 +55,7 @@ struct Panels {
   int64_t of(int64_t token) const { return ((token + 1) * number() - 1) / count; }
 };
 
-// x[t * stride] .. + K - 1 of each token t of the block, converted to what the product takes.
+// Converts every token of a block to what the product takes; row(t): the K elements of token t.
 template <class Tokens, class Row>
 void pack_tokens(const Tokens& tokens, Row row) {
 #pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (tokens.panels.count * tokens.K > kWorthThreads)

@@ -1,13 +1,12 @@
 // Append attention: rotary embedding, KV append and causal grouped-query attention on a paged cache, padding-free.
 //
-// SHAPES      qkv [T, (Hq + 2 Hkv) * D] in dtype (PM_F32, PM_BF16): the Hq query heads, then Hkv key heads, then Hkv value
-// heads
+// SHAPES      qkv [T, (Hq + 2 Hkv) * D] in dtype (PM_F32, PM_BF16): Hq query heads, Hkv key heads, Hkv value heads
 //             key_cache, value_cache [num_blocks, Hkv, block_size, D] in dtype, written in place
-//             cu_seqlens [B + 1] int32, never decreasing, from 0 to T: sequence b owns rows cu_seqlens[b] up to cu_seqlens[b
-//             + 1] context_lens [B] int32: tokens of sequence b already in the cache; row i of b is at position
-//             context_lens[b] + i block_tables [B, M] int32, padded with -1: position p of b lives in page block_tables[b, p
-//             / block_size]; pages that no new row writes or sees through its window are not looked at out [T, Hq * D] in
-//             dtype
+//             cu_seqlens [B + 1] int32, never decreasing, from 0 to T: sequence b owns rows cu_seqlens[b] up to the next
+//             context_lens [B] int32: tokens of b already in the cache; its row i is at position context_lens[b] + i
+//             block_tables [B, M] int32, padded with -1: position p of b lives in page block_tables[b, p / block_size];
+//             pages that no new row writes or sees through its window are not looked at
+//             out [T, Hq * D] in dtype
 // DEFINITION  rope (NeoX rotation): inv_freq[i] = rope_theta^(-2i / D); angle = position * inv_freq[i];
 //               (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin, x[i + D/2] cos + x[i] sin), on every query and key head
 //             roped keys and the values are rounded to dtype and written to the cache; then for query head h at position p,
@@ -17,9 +16,10 @@
 // ORDER       q . k in increasing d, then times scale; the sum of exponentials in lane j % 16, lanes folded as reduce_add of
 //             vec.h does; values added in increasing j, then divided by that sum. out[t] never depends on how the sequence
 //             was cut into chunks, on its neighbours, on block_size, on threads or on the instruction set.
-// SOURCE      Su et al. (RoPE) arXiv:2104.09864; Ainslie et al. (GQA) arXiv:2305.13245; Kwon et al. (paging)
-// arXiv:2309.06180 REGULARITIES D = 128 (any even D works), Hq / Hkv = 4 or 6, contexts to 65,536; steps mix one-row decodes
-// and long chunks EXAMPLE     Mixtral-8x7B: Hq = 32, Hkv = 8, D = 128, rope_theta = 1e6
+// SOURCE      RoPE: Su et al., arXiv:2104.09864; GQA: Ainslie et al., arXiv:2305.13245
+//             paging: Kwon et al., arXiv:2309.06180
+// REGULARITIES D = 128 (any even D works), Hq / Hkv = 4 or 6, contexts to 65,536; one-row decodes and long chunks mixed
+// EXAMPLE     Mixtral-8x7B: Hq = 32, Hkv = 8, D = 128, rope_theta = 1e6
 #ifndef PADDLE_MIXTRAL_ATTENTION_H_
 #define PADDLE_MIXTRAL_ATTENTION_H_
 

@@ -4,9 +4,8 @@
 //             scale[n] = max_k |w[n, k]| / 127 (1 for a row of zeros); q = round_half_even(w / scale). A row with a value
 //             that is not finite gets scale NaN and zeros: whoever calls refuses it. This is the canonical form, on disk and
 //             off.
-// pack        q [N, K], its rows q_stride elements apart, into `packed`: bytes [tiles of rows][tiles of columns][16][32][4],
-// a
-//             tile being 32 rows and 64 columns: [group of 4 columns][row][column], each byte q + 128.
+// pack        q [N, K], its rows q_stride elements apart, into `packed`: bytes [tiles of rows][tiles of columns][2048].
+//             A tile is 32 rows and 64 columns: [16 groups of 4 columns][32 rows][4 columns], each byte q + 128.
 //             Row n of q becomes row `first` + n / 16 * `step` * 16 + n % 16 (step 1: as they come; step 2: every other half
 //             tile, as gate and up rows share tiles). Rows and columns no q is packed into must hold PM_INT8_ZERO.
 #ifndef PADDLE_MIXTRAL_QUANTIZE_H_

@@ -25,14 +25,12 @@
 //             4 top_p (1: off): of those in decreasing probability, the fewest whose probabilities (renormalised over what
 //               is left) reach top_p; ties to the lower index
 //             5 min_p (0: off): those with probability >= min_p * the largest probability
-//             6 draw: u in [0, 1) from the counter-based generator below; in increasing token index, the first token at
-//             which
-//               the running sum of exp(l) exceeds u * the total
+//             6 draw: u in [0, 1) from the counter-based generator below; in increasing token index, the first token
+//               at which the running sum of exp(l) exceeds u * the total
 //             u = (philox4x32_10(key = seed, counter = (position, 0)) as a 64-bit word) >> 11, times 2^-53
-// ORDER       exponentials in float32 (vec.h), sums in float64. log_softmax: token i in lane i % 16, in increasing index,
-// then
-//             the lanes in increasing order. Totals and the draw: increasing token index. top_p: decreasing l, ties to the
-//             lower index. A row's token and logprob depend on its own inputs alone.
+// ORDER       exponentials in float32 (vec.h), sums in float64. log_softmax: token i in lane i % 16, in increasing
+//             index, then the lanes in increasing order. Totals and the draw: increasing token index. top_p: decreasing l,
+//             ties to the lower index. A row's token and logprob depend on its own inputs alone.
 // SOURCE      Holtzman et al. (top-p) arXiv:1904.09751; Nguyen et al. (min-p) arXiv:2407.01082; Keskar et al. (repetition
 //             penalty) arXiv:1909.05858; Salmon et al. (Philox) doi:10.1145/2063384.2063405
 #ifndef PADDLE_MIXTRAL_SAMPLING_H_
