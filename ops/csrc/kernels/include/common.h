@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised whenever an operator's inputs, outputs, attributes or meaning change. Exported programs record it.
-#define PM_OPS_ABI_VERSION 3
+#define PM_OPS_ABI_VERSION 4
 
 typedef enum {
   PM_F32 = 0,
@@ -29,6 +29,8 @@ typedef enum {
   PM_NOT_CONNECTED = 3,   // collective: no group has been joined
   PM_NOT_FINITE = 4,      // sampling: a row of logits holds NaN or +inf, or nothing above -inf
   PM_RANKS_DISAGREE = 5,  // collective: the ranks made different calls
+  PM_UNSUPPORTED = 6,     // device: no kernel for these sizes or types
+  PM_LAUNCH_FAILED = 7,   // device: its runtime refused a call
 } pm_status;
 
 int pm_ops_abi_version(void);
