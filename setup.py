@@ -84,9 +84,10 @@ class BuildOperators(build_ext):
         )
 
     def _compile(self, source: Path, folder: Path, flags: list[str]) -> str:
-        """Compiles one file into its own folder, unless the object is newer than the source and every header."""
+        """Compiles one file into its own folder, unless the object is newer than the source and every header it may
+        include: those beside it and the C ABI's."""
         target = Path(self.build_temp) / folder / f"{source.stem}.o"
-        headers = [*CPU_KERNELS.glob("*.h"), *(CPU_KERNELS.parent / "include").glob("*.h"), *BINDINGS.glob("*.h")]
+        headers = [*source.parent.glob("*.h"), *(CPU_KERNELS.parent / "include").glob("*.h")]
         newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", *headers])
         if not target.exists() or target.stat().st_mtime <= newest:
             target.parent.mkdir(parents=True, exist_ok=True)

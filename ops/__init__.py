@@ -1,4 +1,5 @@
-"""Operators of Mixtral: public functions by family (attention, moe, linear, norm, sampling, collective, quantize).
+"""Operators of Mixtral: public functions by family (embedding, attention, moe, linear, norm, sampling, collective,
+quantize).
 
 Importing this package loads nothing but settles two things that must be settled before Paddle is imported; the first
 family module imported loads the compiled operators (ops.library).

@@ -26,7 +26,12 @@ def rms_norm(residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dty
 
 
 def add_rms_norm(
-    residual: paddle.Tensor, delta: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dtype: str
+    residual: paddle.Tensor,
+    delta: paddle.Tensor,
+    weight: paddle.Tensor,
+    eps: float,
+    out_dtype: str,
+    rows: paddle.Tensor | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Adds ``delta`` to the residual stream, then normalises as :func:`rms_norm` does.
 
@@ -35,12 +40,13 @@ def add_rms_norm(
         weight: [H] float32.
         eps: added to the mean square; positive.
         out_dtype: "float32" or "bfloat16".
+        rows: [S] int32: of these rows, 0 to T - 1, in this order; None: of all.
 
     Returns:
-        (normalised [T, H] in ``out_dtype``, residual + delta [T, H] float32).
+        (normalised [S, H] in ``out_dtype``, residual + delta [S, H] float32); S = T without ``rows``.
 
     Raises:
-        ValueError: a shape, dtype or device other than the above.
+        ValueError: a shape, dtype, device or row other than the above.
     """
-    normed, total = run("pm_add_rms_norm", residual, delta, weight, eps, out_dtype)
+    normed, total = run("pm_add_rms_norm", residual, delta, weight, rows, eps, out_dtype)
     return normed, total

@@ -9,6 +9,11 @@ import itertools
 import numpy as np
 
 
+def embedding(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """ops.embedding.embedding: ids [T], table [V, H] -> [T, H]."""
+    return table[ids]
+
+
 def rms_norm(residual: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """ops.norm.rms_norm: residual [T, H], weight [H] -> [T, H]."""
     mean_square = np.mean(residual.astype(np.float32) ** 2, axis=-1, keepdims=True)
@@ -16,10 +21,10 @@ def rms_norm(residual: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray
 
 
 def add_rms_norm(
-    residual: np.ndarray, delta: np.ndarray, weight: np.ndarray, eps: float
+    residual: np.ndarray, delta: np.ndarray, weight: np.ndarray, eps: float, rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ops.norm.add_rms_norm: residual, delta [T, H], weight [H] -> (normalised, sum)."""
-    total = residual + delta
+    """ops.norm.add_rms_norm: residual, delta [T, H], weight [H], rows [S] or None -> (normalised, sum) [S, H]."""
+    total = residual + delta if rows is None else residual[rows] + delta[rows]
     return rms_norm(total, weight, eps), total
 
 

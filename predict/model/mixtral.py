@@ -13,6 +13,7 @@ from paddle import nn
 
 from ops.attention import append_attention
 from ops.collective import all_gather, all_reduce
+from ops.embedding import embedding
 from ops.linear import linear, weight_only_linear
 from ops.moe import fused_moe
 from ops.norm import add_rms_norm, rms_norm
@@ -125,12 +126,12 @@ class Mixtral(nn.Layer):
 
     def logits(self, token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches) -> paddle.Tensor:
         """Runs the layers over the packed tokens, writes the caches; gives the logits [S, V] float32 of sample_rows."""
-        residual, delta = paddle.cast(nn.functional.embedding(token_ids, self.embed_tokens), "float32"), None
+        residual, delta = embedding(token_ids, self.embed_tokens), None  # [T, H]
         for i, layer in enumerate(self.layers):
             key_cache, value_cache = caches[2 * i], caches[2 * i + 1]
             residual, delta = layer(residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables)
-        residual, delta = paddle.gather(residual, sample_rows), paddle.gather(delta, sample_rows)  # [S, H]
-        hidden, _ = add_rms_norm(residual, delta, self.norm, self.config.rms_norm_eps, self.dtype)
+        eps = self.config.rms_norm_eps
+        hidden, _ = add_rms_norm(residual, delta, self.norm, eps, self.dtype, rows=sample_rows)  # [S, H]
         logits = all_gather(self.lm_head(hidden), self.world_size)
         # The last rank's share of the vocabulary may be padded.
         return logits if logits.shape[1] == self.config.vocab_size else logits[:, : self.config.vocab_size]

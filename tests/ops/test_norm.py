@@ -34,6 +34,22 @@ def test_add_rms_norm_is_the_reference(tokens, hidden):
     np.testing.assert_allclose(y.astype("float32").numpy(), expected, rtol=BFLOAT16_TOLERANCE, atol=1e-6)
 
 
+def test_rows_are_those_of_the_whole_bit_for_bit():
+    x, delta, weight = (paddle.to_tensor(random(*shape, seed=5)) for shape in ([9, 130], [9, 130], [130]))
+    rows = [8, 0, 3, 3]
+    whole = add_rms_norm(x, delta, weight, 1e-5, "float32")
+    some = add_rms_norm(x, delta, weight, 1e-5, "float32", rows=paddle.to_tensor(rows, "int32"))
+    for of_all, of_some in zip(whole, some, strict=True):
+        np.testing.assert_array_equal(of_some.numpy(), of_all.numpy()[rows])
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+def test_row_outside_is_refused_by_name(row):
+    x, weight = paddle.zeros([2, 16]), paddle.ones([16])
+    with pytest.raises(ValueError, match=rf"rows\[1\] is {row}, needs 0 to 1, the rows of residual"):
+        add_rms_norm(x, x, weight, 1e-5, "float32", rows=paddle.to_tensor([0, row], "int32"))
+
+
 def test_wrong_weight_is_refused_by_name():
     with pytest.raises(ValueError, match=r"weight has shape \[17\], needs \[16\]"):
         rms_norm(paddle.zeros([2, 16]), paddle.ones([17]), 1e-5, "float32")

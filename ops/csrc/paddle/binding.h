@@ -81,6 +81,13 @@ inline void check_tensor(const char* op, const char* name, const paddle::Tensor&
   if (!fits) fail(op, name, " has shape ", shape_text(found), ", needs ", shape_text(shape), " (-1: any size)");
 }
 
+// Refuses an int32 tensor with an element outside 0 .. size - 1; `what` says what it counts.
+inline void check_indices(const char* op, const char* name, const paddle::Tensor& x, int64_t size, const char* what) {
+  const int32_t* index = x.data<int32_t>();
+  for (int64_t i = 0; i < x.numel(); ++i)
+    if (index[i] < 0 || index[i] >= size) fail(op, name, "[", i, "] is ", index[i], ", needs 0 to ", size - 1, ", ", what);
+}
+
 // The shape of N rows of K int8 weights in the layout of kernels/include/quantize.h.
 inline std::vector<int64_t> packed_shape(int64_t N, int64_t K) {
   constexpr int64_t kRows = PM_INT8_TILE_ROWS, kColumns = PM_INT8_TILE_COLUMNS;

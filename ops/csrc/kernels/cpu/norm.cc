@@ -33,22 +33,24 @@ void rms_norm_row(const float* residual, const float* delta, const float* weight
 }
 
 template <class Out>
-void rms_norm_rows(const float* residual, const float* delta, const float* weight, float* residual_out, Out* y, int64_t T,
-                   int64_t H, float eps) {
-#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (T > 1)
-  for (int64_t t = 0; t < T; ++t)
-    rms_norm_row(residual + t * H, delta ? delta + t * H : nullptr, weight, residual_out ? residual_out + t * H : nullptr,
-                 y + t * H, H, eps);
+void rms_norm_rows(const float* residual, const float* delta, const int32_t* rows, const float* weight, float* residual_out,
+                   Out* y, int64_t S, int64_t H, float eps) {
+#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (S > 1)
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t from = (rows ? rows[s] : s) * H;
+    rms_norm_row(residual + from, delta ? delta + from : nullptr, weight, residual_out ? residual_out + s * H : nullptr,
+                 y + s * H, H, eps);
+  }
 }
 
 }  // namespace
 
-int rms_norm(const float* residual, const float* delta, const float* weight, float* residual_out, void* y, pm_dtype y_dtype,
-             int64_t T, int64_t H, float eps, void*) {
+int rms_norm(const float* residual, const float* delta, const int32_t* rows, const float* weight, float* residual_out,
+             void* y, pm_dtype y_dtype, int64_t S, int64_t H, float eps, void*) {
   if (y_dtype == PM_BF16)
-    rms_norm_rows(residual, delta, weight, residual_out, static_cast<bf16*>(y), T, H, eps);
+    rms_norm_rows(residual, delta, rows, weight, residual_out, static_cast<bf16*>(y), S, H, eps);
   else
-    rms_norm_rows(residual, delta, weight, residual_out, static_cast<float*>(y), T, H, eps);
+    rms_norm_rows(residual, delta, rows, weight, residual_out, static_cast<float*>(y), S, H, eps);
   return PM_OK;
 }
 
@@ -56,6 +58,6 @@ int rms_norm(const float* residual, const float* delta, const float* weight, flo
 }  // namespace pm
 
 PM_EXPORT(rms_norm,
-          (const float* residual, const float* delta, const float* weight, float* residual_out, void* y, pm_dtype y_dtype,
-           int64_t T, int64_t H, float eps, void* stream),
-          (residual, delta, weight, residual_out, y, y_dtype, T, H, eps, stream))
+          (const float* residual, const float* delta, const int32_t* rows, const float* weight, float* residual_out, void* y,
+           pm_dtype y_dtype, int64_t S, int64_t H, float eps, void* stream),
+          (residual, delta, rows, weight, residual_out, y, y_dtype, S, H, eps, stream))

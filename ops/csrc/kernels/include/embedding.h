@@ -1,6 +1,6 @@
 // Token embedding: rows of a table as the residual stream begins.
 //
-// SHAPES      ids [T] int32 in 0 .. V-1; table [V, H] in table_dtype (PM_F32, PM_BF16, PM_F16), row-major
+// SHAPES      ids [T] int32 in 0 .. V-1; table [V, H] in table_dtype (PM_F32, PM_BF16), row-major
 //             out [T, H] float32
 // DEFINITION  out[t] = table[ids[t]]
 // EXAMPLE     Mixtral-8x7B: V = 32000, H = 4096
