@@ -17,8 +17,12 @@ namespace pm::cuda {
 
 // A block's dynamic shared memory, 128-byte aligned: the only `extern __shared__` of the library.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef PM_EMULATE
+  return simt::dynamic_shared();
+#else
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
   return dynamic_shared_memory;
+#endif
 }
 
 // PM_OK, or PM_LAUNCH_FAILED with the runtime's text: `if (int status = check(cudaMemsetAsync(...), "memset")) return
