@@ -1,0 +1,172 @@
+// Few tokens: weights stream from memory once, as fast as it gives them.
+//
+// BLOCK       a strip of 32 rows of weights; each of its four warps a quarter of K, with all tokens of the product in groups
+//             of eight. Sums of the quarters meet in shared memory and are added in their order.
+// RING        every thread has its own: it copies the 16-byte chunks of its fragments (and of its tokens) to shared memory
+//             kStages - 1 tiles ahead, and reads none but its own. So the main loop has no barrier, no bank conflict and no
+//             registers that wait for memory. It does not stop between the segments of a block (the experts of one strip).
+// BUDGET      an H200 brings 4.8 TB/s / (132 processors * 1.755 GHz) = 21 bytes a cycle and processor; with a latency of 0.8
+//             us that is 29 KB under way. Each block keeps 4 warps * 7 tiles * 2 KB = 56 KB under way (8 tokens), two
+//             blocks to a processor where there are so many. A warp's tile is about 50 instructions (4 + planes * groups
+//             copies and loads each, 4 * planes * groups products, 15 of addresses): 8 KB every 50 issue slots of each
+//             scheduler, 160 bytes a cycle, 8 times what memory brings. Its products, at 8 cycles each: 64 of two planes,
+//             128 bytes a cycle; with 32 tokens 32. What a warp alone waits for (loads, two products after each other) is
+//             about 150 cycles a tile: 55 bytes a cycle of the four warps of one block.
+#ifndef PADDLE_MIXTRAL_CUDA_DECODE_CUH_
+#define PADDLE_MIXTRAL_CUDA_DECODE_CUH_
+
+#include "tile.cuh"
+
+namespace pm::cuda {
+
+constexpr int kDecodeThreads = 32 * kQuarters;
+constexpr int kDecodeBlocks = 2;   // of a processor, at least, as far as registers go
+constexpr int kDecodeTokens = 32;  // the most of a product
+
+// Resident: the block has its tokens in shared memory; else they come through the ring.
+template <class Format, int Groups, bool Resident>
+struct Stream {
+  using Sums = typename Format::Sum[Groups][Format::kPlanes][2][4];
+
+  static constexpr int kPlaneBytes = 32 * 16;  // a group of tokens, a tile
+  static constexpr int kStageBytes = kTileBytes + (Resident ? 0 : Groups * Format::kPlanes * kPlaneBytes);
+  static constexpr int kFit = 96 * 1024 / (kQuarters * kStageBytes);
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+
+  // Sums of the four warps: [warp][plane][token][row], rows padded against bank conflicts.
+  static constexpr int kTokens = Groups * kGroupTokens, kRowStride = kTileRows + 4;
+  static constexpr int kWarpSums = Format::kPlanes * kTokens * kRowStride;
+  static constexpr int kSumBytes = kQuarters * kWarpSums * 4;
+  static constexpr int kSharedBytes = kQuarters * kRingBytes + kSumBytes;
+  static_assert(kStages >= 3, "a ring that hides no latency");
+
+  // What a segment multiplies: this warp's quarter of a strip (its first tile), and the plane of zero or more tokens that is
+  // this lane's (NULL: none), at the quarter's first tile.
+  struct Segment {
+    const unsigned char* weights;
+    const unsigned char* token[Groups];
+  };
+
+  unsigned char* ring;           // this lane's chunk of its warp's ring
+  typename Format::Sum* sums;    // of the block
+  int lane, warp, tiles, first;  // of this warp's quarter: its tiles, the first one
+  int segments, segment = 0, tile = 0, in = 0, out = 0;
+  int64_t stride;  // of the tokens' planes
+  Segment from = {};
+
+  __device__ Stream(unsigned char* shared, int tiles_of_k, int segments_, int64_t stride_)
+      : segments(segments_), stride(stride_) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    ring = shared + warp * kRingBytes + lane * 16;
+    sums = reinterpret_cast<typename Format::Sum*>(shared + kQuarters * kRingBytes);
+    const int quarter = quarter_tiles(tiles_of_k);
+    first = warp * quarter;
+    tiles = max(0, min(quarter, tiles_of_k - first));
+  }
+
+  // The lane's chunk of a token of rows: of group n its token `index`.
+  __device__ const unsigned char* of_token(const TokenRows& rows, int64_t index) const {
+    return rows.data + index * Format::kPlanes * rows.stride + first * kTokenBytes + lane % 4 * 16;
+  }
+
+  // locate(i): segment i.
+  template <class Locate>
+  __device__ void start(const Locate& locate) {
+    if (tiles == 0) segments = 0;
+    if (segments > 0) from = locate(0);
+    for (int i = 0; i < kStages - 1; ++i) push(locate);
+  }
+
+  template <class Locate>
+  __device__ __forceinline__ void push(const Locate& locate) {
+    if (segment < segments) {
+      unsigned char* to = ring + in * kStageBytes;
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) cp_async_16(to + j * 32 * 16, from.weights + chunk_offset(j, lane), true);
+      from.weights += kTileBytes;
+      if constexpr (!Resident) {
+#pragma unroll
+        for (int n = 0; n < Groups; ++n)
+          if (from.token[n] != nullptr) {
+#pragma unroll
+            for (int plane = 0; plane < Format::kPlanes; ++plane)
+              cp_async_16(to + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes, from.token[n] + plane * stride,
+                          true);
+            from.token[n] += kTokenBytes;
+          }
+      }
+      in = in + 1 == kStages ? 0 : in + 1;
+      if (++tile == tiles) {
+        tile = 0;
+        if (++segment < segments) from = locate(segment);
+      }
+    }
+    cp_async_commit();
+  }
+
+  // The sums of the next segment's quarter with its first `groups` groups of tokens. resident: this lane's chunk of token
+  // `group` of the first group, at the quarter's first tile.
+  template <class Locate>
+  __device__ __forceinline__ void multiply_segment(Sums& sum, int groups, const unsigned char* resident,
+                                                   const Locate& locate) {
+#pragma unroll
+    for (int n = 0; n < Groups; ++n)
+#pragma unroll
+      for (int plane = 0; plane < Format::kPlanes; ++plane)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[n][plane][i / 4][i % 4] = 0;
+    for (int i = 0; i < tiles; ++i) {
+      cp_async_wait<kStages - 2>();
+      push(locate);  // to where the tile before this one was
+      const unsigned char* at = ring + out * kStageBytes;
+      out = out + 1 == kStages ? 0 : out + 1;
+      const TileFragment w = load_tile(at - lane * 16, lane);
+#pragma unroll
+      for (int n = 0; n < Groups; ++n)
+        if (n < groups) {
+#pragma unroll
+          for (int plane = 0; plane < Format::kPlanes; ++plane) {
+            const unsigned char* tokens =
+                Resident ? resident + (n * kGroupTokens * Format::kPlanes + plane) * stride + i * kTokenBytes
+                         : at + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes;
+            multiply<Format>(sum[n][plane], w, *reinterpret_cast<const uint4*>(tokens));
+          }
+        }
+    }
+  }
+
+  // Adds up the quarters. Then total() is of the whole block, until it gives its next sums.
+  __device__ void share(const Sums& sum, int groups) const {
+    __syncthreads();  // the last ones have been read
+    const int group = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < Groups; ++n)
+      if (n < groups) {
+#pragma unroll
+        for (int plane = 0; plane < Format::kPlanes; ++plane)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int row = 0; row < 4; ++row)
+              sums[warp * kWarpSums + (plane * kTokens + n * kGroupTokens + 2 * t + i) * kRowStride + 4 * group + row] =
+                  sum[n][plane][row / 2][row % 2 * 2 + i];
+      }
+    __syncthreads();
+  }
+
+  __device__ float total(int token, int row, float scale, int32_t token_total) const {
+    typename Format::Sum sum[Format::kPlanes];
+#pragma unroll
+    for (int plane = 0; plane < Format::kPlanes; ++plane) {
+      sum[plane] = 0;
+#pragma unroll
+      for (int quarter = 0; quarter < kQuarters; ++quarter)
+        sum[plane] += sums[quarter * kWarpSums + (plane * kTokens + token) * kRowStride + row];
+    }
+    return product<Format>(sum, scale, token_total);
+  }
+};
+
+}  // namespace pm::cuda
+#endif  // PADDLE_MIXTRAL_CUDA_DECODE_CUH_

@@ -1,0 +1,239 @@
+// Many tokens: groups of tokens with a weight of each, one launch.
+//
+// BLOCK       128 rows of weights (four strips) with up to Tokens tokens of one group, 64 or 128; eight warps, each 64 rows
+//             with a quarter of the tokens. A step is one tile of K; its bytes come through shared memory kStages - 1 steps
+//             ahead, weights in the order of fragments, tokens as they lie: every load is free of bank conflicts.
+// GRID        for the worst case, without knowing how tokens fell to groups: a block beyond the last group's tokens returns
+//             at once. Blocks that follow each other take kTogether runs of tokens with the same weights, so that weights
+//             come from memory about once and tokens stay in the second-level cache.
+// ORDER       16 bits: quarters of K as tile.cuh says, a second set of sums takes each in its turn. Everything of a row of
+// the
+//             result is in one thread: nothing depends on which tokens are beside it.
+// BUDGET      int8 with two planes, 128 tokens: a step is 64 products of 16 x 8 x 32 a warp, 128 a scheduler, about 1,000
+// cycles at
+//             8 each (mma.sync reaches some 60 % of a Hopper's tensor cores); beside them 16 loads of 512 bytes a warp: 512
+//             cycles of shared memory; 24 KB of copies, 24 bytes a cycle. 2 * 128 * 128 * 64 operations every 1,000 cycles
+//             on 132 processors are 480 TFLOP/s of 16-bit arithmetic, if nothing waits; 16-bit weights the same. Registers:
+//             128 of sums and 40 of fragments, so one block a processor, and 3 steps (48 to 72 KB) under way.
+#ifndef PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
+#define PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
+
+#include "tile.cuh"
+
+namespace pm::cuda {
+
+constexpr int kManyThreads = 256;
+constexpr int kBlockStrips = 4;  // 128 rows
+constexpr int kWarpStrips = 2, kWarpColumns = 4;
+constexpr int64_t kTogether = 8;
+constexpr int64_t kFewRuns = 256;  // tokens of a product up to which blocks of 64 waste less than blocks of 128
+
+// Tokens of one group: its members first .. first + count - 1; count 0: none.
+struct Run {
+  int group, first, count;
+};
+
+// One group of all tokens.
+struct WholeBatch {
+  int64_t T;
+  int64_t runs(int tokens) const { return equal_parts(T, tokens); }
+  __device__ Run run(int64_t index, int tokens) const {
+    const int first = static_cast<int>(index) * tokens;
+    return {0, first, min(tokens, static_cast<int>(T) - first)};
+  }
+  __device__ int result_row(int, int member) const { return member; }
+  __device__ int token_row(int row) const { return row; }
+};
+
+template <class Format, int Tokens>
+struct ManyShape {
+  static constexpr int kWeightBytes = kBlockStrips * kTileBytes, kPlaneBytes = Tokens * kTokenBytes;
+  static constexpr int kStageBytes = kWeightBytes + Format::kPlanes * kPlaneBytes;
+  static constexpr int kStages = 4;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kWarpGroups = Tokens / kWarpColumns / kGroupTokens;  // groups of eight tokens
+  static constexpr int kWeightCopies = kWeightBytes / 16 / kManyThreads;
+  static constexpr int kTokenCopies = Format::kPlanes * kPlaneBytes / 16 / kManyThreads;
+  static_assert(kTokenCopies * kManyThreads * 16 == Format::kPlanes * kPlaneBytes, "whole copies");
+};
+
+// Groups: which tokens a block has, as WholeBatch. Out: store(group, strip, lane, rows, values), as RowsOut. w: [groups]
+// [strips][tiles][kTileBytes].
+template <class Format, int Tokens, class Groups, class Out>
+__global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows tokens, const unsigned char* w, int64_t strips,
+                                                                  int tiles, int64_t runs, Groups groups, Out out) {
+  using Shape = ManyShape<Format, Tokens>;
+  using Sum = typename Format::Sum;
+  constexpr int P = Format::kPlanes, G = Shape::kWarpGroups;
+  __shared__ int result_row[Tokens];
+  __shared__ float scale[Tokens];
+  __shared__ int32_t total[Tokens];
+
+  const int64_t row_blocks = equal_parts(strips, kBlockStrips), together = blockIdx.x / (kTogether * row_blocks);
+  const int64_t within = blockIdx.x - together * kTogether * row_blocks;
+  const int64_t width = min(kTogether, runs - together * kTogether);
+  const Run run = groups.run(together * kTogether + within % width, Tokens);
+  if (run.count <= 0) return;
+  const int64_t first_strip = within / width * kBlockStrips;
+
+  for (int i = threadIdx.x; i < Tokens; i += kManyThreads) {
+    const bool any = i < run.count;
+    const int row = any ? groups.result_row(run.group, run.first + i) : -1, token = any ? groups.token_row(row) : 0;
+    result_row[i] = row;
+    if constexpr (Format::kFixed) {
+      scale[i] = any ? tokens.scale[token] : 0.0f;
+      total[i] = any ? tokens.total[token] : 0;
+    }
+  }
+  __syncthreads();
+
+  // What this thread copies, step by step.
+  unsigned char* shared = dynamic_shared();
+  const unsigned char* weights[Shape::kWeightCopies];
+  bool weights_valid[Shape::kWeightCopies];
+  const unsigned char* token[Shape::kTokenCopies];
+  bool token_valid[Shape::kTokenCopies];
+#pragma unroll
+  for (int i = 0; i < Shape::kWeightCopies; ++i) {
+    const int chunk = i * kManyThreads + threadIdx.x;  // [strip][j][lane]
+    const int64_t strip = first_strip + chunk / 128;
+    weights_valid[i] = strip < strips;
+    weights[i] = w + (run.group * strips + (weights_valid[i] ? strip : 0)) * tiles * kTileBytes +
+                 chunk_offset(chunk / 32 % kChunks, chunk % 32);
+  }
+#pragma unroll
+  for (int i = 0; i < Shape::kTokenCopies; ++i) {
+    const int chunk = i * kManyThreads + threadIdx.x;  // [plane][token][4 of 16 bytes]
+    const int row = result_row[chunk / 4 % Tokens];
+    token_valid[i] = row >= 0;
+    token[i] = tokens.data +
+               ((row >= 0 ? groups.token_row(row) : 0) * static_cast<int64_t>(P) + chunk / 4 / Tokens) * tokens.stride +
+               chunk % 4 * 16;
+  }
+  const auto copy = [&](int stage) {
+    unsigned char* to = shared + stage * Shape::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < Shape::kWeightCopies; ++i) {
+      cp_async_16(to + (i * kManyThreads + threadIdx.x) * 16, weights[i], weights_valid[i]);
+      weights[i] += kTileBytes;
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kTokenCopies; ++i) {
+      cp_async_16(to + Shape::kWeightBytes + (i * kManyThreads + threadIdx.x) * 16, token[i], token_valid[i]);
+      token[i] += kTokenBytes;
+    }
+  };
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_strip = warp % (kBlockStrips / kWarpStrips) * kWarpStrips;
+  const int warp_token = warp / (kBlockStrips / kWarpStrips) * G * kGroupTokens;
+  const int live = min(G, max(0, (run.count - warp_token + kGroupTokens - 1) / kGroupTokens));  // groups with a token
+  Sum sum[kWarpStrips][G][P][2][4] = {}, quarters[kWarpStrips][G][P][2][4] = {};
+
+  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+    if (stage < tiles) copy(stage);
+    cp_async_commit();
+  }
+  int left = quarter_tiles(tiles);  // of this quarter
+  for (int tile = 0, stage = 0; tile < tiles; ++tile) {
+    cp_async_wait<Shape::kStages - 2>();
+    __syncthreads();
+    // To where the tile before this one was.
+    if (tile + Shape::kStages - 1 < tiles) copy(stage == 0 ? Shape::kStages - 1 : stage - 1);
+    cp_async_commit();
+    const unsigned char* at = shared + stage * Shape::kStageBytes;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    TileFragment fragment[kWarpStrips];
+#pragma unroll
+    for (int s = 0; s < kWarpStrips; ++s) fragment[s] = load_tile(at + (warp_strip + s) * kTileBytes, lane);
+#pragma unroll
+    for (int n = 0; n < G; ++n)
+      if (n < live) {
+#pragma unroll
+        for (int plane = 0; plane < P; ++plane) {
+          const int place = plane * Tokens + warp_token + n * kGroupTokens + lane / 4;
+          const uint4 of_lane =
+              *reinterpret_cast<const uint4*>(at + Shape::kWeightBytes + place * kTokenBytes + lane % 4 * 16);
+#pragma unroll
+          for (int s = 0; s < kWarpStrips; ++s) multiply<Format>(sum[s][n][plane], fragment[s], of_lane);
+        }
+      }
+    if constexpr (!Format::kFixed) {
+      if (--left == 0 || tile + 1 == tiles) {
+        left = quarter_tiles(tiles);
+#pragma unroll
+        for (int s = 0; s < kWarpStrips; ++s)
+#pragma unroll
+          for (int n = 0; n < G; ++n)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              quarters[s][n][0][i / 4][i % 4] += sum[s][n][0][i / 4][i % 4];
+              sum[s][n][0][i / 4][i % 4] = 0;
+            }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int s = 0; s < kWarpStrips; ++s) {
+    const int64_t strip = first_strip + warp_strip + s;
+    if (strip >= strips) continue;
+#pragma unroll
+    for (int n = 0; n < G; ++n)
+      if (n < live) {
+        float value[2][4];  // of tokens 2 t and 2 t + 1, of four rows that follow each other
+        int row[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int place = warp_token + n * kGroupTokens + lane % 4 * 2 + i;
+          row[i] = result_row[place];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            Sum of_planes[P];
+#pragma unroll
+            for (int plane = 0; plane < P; ++plane)
+              of_planes[plane] = (Format::kFixed ? sum : quarters)[s][n][plane][r / 2][r % 2 * 2 + i];
+            value[i][r] =
+                product<Format>(of_planes, Format::kFixed ? scale[place] : 1.0f, Format::kFixed ? total[place] : 0);
+          }
+        }
+        out.store(run.group, strip, lane, row, value);
+      }
+  }
+}
+
+// Results as rows [T][N], times a scale of each of a group's N columns.
+struct RowsOut {
+  const float* scale;  // [groups][N]; NULL: 1
+  void* y;
+  pm_dtype dtype;
+  int64_t N;
+
+  __device__ float scaled(int group, int64_t n, float sum) const {
+    return scale != nullptr ? __fmul_rn(sum, scale[group * N + n]) : sum;
+  }
+  // All lanes of a warp. row: of two tokens, -1 where there is none.
+  __device__ void store(int group, int64_t strip, int lane, const int (&row)[2], const float (&value)[2][4]) const {
+    const int64_t n = strip * kTileRows + lane / 4 * 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (row[i] < 0) continue;
+      float scaled_value[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) scaled_value[r] = n + r < N ? scaled(group, n + r, value[i][r]) : 0.0f;
+      store_four(y, dtype, row[i] * N + n, scaled_value, N - n, N % 4 == 0);
+    }
+  }
+};
+
+template <class Format, int Tokens, class Groups, class Out>
+int launch_grouped(const TokenRows& tokens, const void* w, int64_t strips, int tiles, const Groups& groups, const Out& out,
+                   void* stream) {
+  const int64_t runs = groups.runs(Tokens);
+  return launch(grouped_kernel<Format, Tokens, Groups, Out>, dim3(runs * equal_parts(strips, kBlockStrips)),
+                dim3(kManyThreads), ManyShape<Format, Tokens>::kSharedBytes, stream, tokens,
+                static_cast<const unsigned char*>(w), strips, tiles, runs, groups, out);
+}
+
+}  // namespace pm::cuda
+#endif  // PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
