@@ -1,0 +1,460 @@
+// Append attention on pages: include/attention.h; attention_tile.cuh says in which order sums are made.
+//
+// Three launches, sized by what the host knows (T, B, M * block_size); blocks without work leave at once.
+//   append          rotates queries into the workspace and keys into their pages, copies values, and plans: how many chunks
+//                   of keys (sequences with one new token: decodes) and tiles of rows (the others) precede each sequence
+//   attend_decode   some blocks take 64 rows, (token, query head of one key/value head) pairs, of a longer sequence and walk
+//                   all keys that these see; the others go through the chunks of decodes, a warp for each tile of the chunk
+//   merge_decode    the chunks of each decode, in order
+//
+// QUERIES ARE ROUNDED to the activations' type (the CPU's are not), because they are operands of mma.
+#include <algorithm>
+
+#include "attention_tile.cuh"
+
+namespace pm::cuda {
+namespace attention {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = kRows * kWarps;
+constexpr int kBlocksAtOnce = 2;  // on a multiprocessor
+constexpr int kMostWidth = 128;   // of a head
+constexpr int kAppendThreads = 128;
+
+// Of attend_decode: 96 KB for heads of 128.
+//   decodes    each warp: three halves of a tile of keys or values
+//   64 rows    two tiles of keys and values; the rows' sums [64, Width] float32
+template <int Width>
+constexpr size_t shared_bytes() {
+  static_assert(kWarps * 3 * kHalf * 2 == 2 * 2 * kTile * 2 + kTileRows * 4, "both take as much");
+  return size_t{kWarps * 3 * kHalf * 2} * Width;
+}
+
+struct InverseFrequencies {
+  float of[kMostWidth / 2];
+};
+
+template <class Element>
+struct Problem {
+  const Element* qkv;
+  Element *key_cache, *value_cache;
+  const int32_t *cu_seqlens, *context_lens, *block_tables;
+  Element* out;
+  int64_t M;
+  int T, B, Hq, Hkv, D, block_size, window;
+  float scale;  // times log2(e)
+  // workspace
+  Element* queries;    // [T, Hq, D], rotated
+  int32_t* chunks_to;  // [B + 1]: chunks of decodes before sequence b
+  int32_t* tiles_to;   // [B + 1]: tiles of rows of longer sequences before sequence b
+  Softmax* parts;      // [chunks, Hq]
+  float* part_values;  // [chunks, Hq, D]
+
+  __host__ __device__ int group() const { return Hq / Hkv; }
+  // Units of 16 query heads that one key/value head has.
+  __host__ __device__ int units() const { return (group() + kRows - 1) / kRows; }
+  __device__ int length(int b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
+  __device__ Pages pages(int b, int kv, int first, int end) const {
+    const uint32_t row = static_cast<uint32_t>(D / 8), head = static_cast<uint32_t>(block_size) * row;
+    return {block_tables + b * M,
+            static_cast<uint32_t>(Hkv) * head,
+            static_cast<uint32_t>(kv) * head,
+            row,
+            block_size,
+            first,
+            end};
+  }
+};
+
+// The last b with starts[b] <= x, of starts[0] .. starts[n].
+__device__ __forceinline__ int owner(const int32_t* starts, int n, int x) {
+  int low = 0;
+  for (int high = n; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= x ? low : high) = middle;
+  }
+  return low;
+}
+
+// One warp: work before each sequence.
+template <class Element>
+__device__ void plan(const Problem<Element>& p) {
+  const int lane = static_cast<int>(threadIdx.x);
+  int chunks_before = 0, tiles_before = 0;
+  for (int base = 0; base < p.B; base += 32) {
+    const int b = base + lane;
+    int chunks = 0, tiles = 0;
+    if (b < p.B) {
+      const int length = p.length(b), position = p.context_lens[b];
+      if (length == 1) chunks = position / kChunk - first_seen(position, p.window) / kChunk + 1;
+      if (length > 1) tiles = static_cast<int>((int64_t{length} * p.group() + kTileRows - 1) / kTileRows);
+    }
+    for (int step = 1; step < 32; step *= 2) {
+      const int c = __shfl_up_sync(~0u, chunks, step), t = __shfl_up_sync(~0u, tiles, step);
+      if (lane >= step) {
+        chunks += c;
+        tiles += t;
+      }
+    }
+    if (b < p.B) {
+      p.chunks_to[b + 1] = chunks_before + chunks;
+      p.tiles_to[b + 1] = tiles_before + tiles;
+    }
+    chunks_before += __shfl_sync(~0u, chunks, 31);
+    tiles_before += __shfl_sync(~0u, tiles, 31);
+  }
+  if (lane == 0) p.chunks_to[0] = p.tiles_to[0] = 0;
+}
+
+// NeoX rotation of elements i .. i + 3 and their partners of one head.
+template <class Element>
+__device__ __forceinline__ void rotate(const Element* x, const float* cosines, const float* sines, Element* y, int half,
+                                       int i) {
+  const float4 a = load_four(x + i), b = load_four(x + half + i);
+  const float4 c = load_four(cosines + i), s = load_four(sines + i);
+  const auto first = [](float a, float b, float c, float s) { return __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)); };
+  const auto second = [](float a, float b, float c, float s) { return __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s)); };
+  store_four(y + i, make_float4(first(a.x, b.x, c.x, s.x), first(a.y, b.y, c.y, s.y), first(a.z, b.z, c.z, s.z),
+                                first(a.w, b.w, c.w, s.w)));
+  store_four(y + half + i, make_float4(second(a.x, b.x, c.x, s.x), second(a.y, b.y, c.y, s.y), second(a.z, b.z, c.z, s.z),
+                                       second(a.w, b.w, c.w, s.w)));
+}
+
+// Block x: token x; the last block plans. Its heads are dealt to the blocks y.
+template <class Element>
+__global__ void __launch_bounds__(kAppendThreads) append_decode(const Problem<Element> p, const InverseFrequencies inverse) {
+  __shared__ float cosines[kMostWidth / 2], sines[kMostWidth / 2];
+  const int t = static_cast<int>(blockIdx.x), half = p.D / 2, group = p.group();
+  if (t == p.T) {
+    if (blockIdx.y == 0 && threadIdx.x < 32) plan(p);
+    return;
+  }
+  const int b = owner(p.cu_seqlens, p.B, t), position = p.context_lens[b] + t - p.cu_seqlens[b];
+  for (int i = static_cast<int>(threadIdx.x); i < half; i += kAppendThreads) {
+    const double angle = __fmul_rn(static_cast<float>(position), inverse.of[i]);
+    cosines[i] = static_cast<float>(cos(angle));
+    sines[i] = static_cast<float>(sin(angle));
+  }
+  __syncthreads();
+  const Element* const row = p.qkv + int64_t{t} * (p.Hq + 2 * p.Hkv) * p.D;
+  const Pages pages = p.pages(b, 0, position, position + 1);
+  const int64_t slot = int64_t{pages.offset(position)} * 8;
+  const int quads = half / 4;  // a head's fours of pairs
+  for (int kv = static_cast<int>(blockIdx.y); kv < p.Hkv; kv += static_cast<int>(gridDim.y)) {
+    const int64_t cached = slot + int64_t{kv} * p.block_size * p.D;
+    for (int n = static_cast<int>(threadIdx.x); n < (group + 2) * quads; n += kAppendThreads) {
+      const int head = n / quads, i = n % quads * 4;
+      if (head < group) {
+        const int64_t at = int64_t{kv * group + head} * p.D;
+        rotate(row + at, cosines, sines, p.queries + int64_t{t} * p.Hq * p.D + at, half, i);
+      } else if (head == group) {
+        rotate(row + int64_t{p.Hq + kv} * p.D, cosines, sines, p.key_cache + cached, half, i);
+      } else {
+        const Element* const value = row + int64_t{p.Hq + p.Hkv + kv} * p.D;
+        for (int d = 2 * i; d < 2 * i + 8; d += 4)
+          *reinterpret_cast<uint2*>(p.value_cache + cached + d) = *reinterpret_cast<const uint2*>(value + d);
+      }
+    }
+  }
+}
+
+// Decodes: item = (chunk of a sequence, 16 query heads of one key/value head). Each warp has a tile of the chunk, and
+// fetches three of its four halves (keys, values) at once.
+template <class Element, int Width>
+__device__ __forceinline__ void attend_chunks(const Problem<Element>& p, int block, int blocks) {
+  constexpr int kPiece = kHalf * Width;  // elements
+  __shared__ Softmax softmaxes[kWarps][kRows];
+  Element* const shared = reinterpret_cast<Element*>(dynamic_shared());
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  Element* const piece[3] = {shared + (warp * 3 + 0) * kPiece, shared + (warp * 3 + 1) * kPiece,
+                             shared + (warp * 3 + 2) * kPiece};
+  const int group = p.group(), units = p.units() * p.Hkv, items = p.chunks_to[p.B] * units;
+
+  for (int item = block; item < items; item += blocks) {
+    const int ordinal = item / units, kv = item % units / p.units(), unit = item % p.units();
+    const int b = owner(p.chunks_to, p.B, ordinal), position = p.context_lens[b];
+    const int first = first_seen(position, p.window), chunk = first / kChunk + ordinal - p.chunks_to[b];
+    const int start = chunk * kChunk + warp * kTile;
+    const int head = kv * group + unit * kRows, heads = min(kRows, group - unit * kRows);
+
+    if (start > position || start + kTile <= first) {
+      if (lane < kRows) softmaxes[warp][lane] = Softmax{};
+    } else {
+      const Pages pages = p.pages(b, kv, first, position + 1);
+      const uint32_t low = pages.offset(start + lane), high = pages.offset(start + kHalf + lane);
+      fetch<Width, kHalf>(pages, p.key_cache, low, piece[0], 0);
+      fetch<Width, kHalf>(pages, p.key_cache, high, piece[1], 0);
+      cp_async_commit();
+      fetch<Width, kHalf>(pages, p.value_cache, low, piece[2], 0);
+      cp_async_commit();
+      const Element* const queries = p.queries + (int64_t{p.cu_seqlens[b]} * p.Hq + head) * p.D;
+      Rows<Element, Width> rows;
+      rows.load(g < heads ? queries + g * p.D : nullptr, g + 8 < heads ? queries + (g + 8) * p.D : nullptr, p.D);
+      for (int i = 0; i < 2; ++i) {
+        rows.position[i] = g + 8 * i < heads ? position : -1;
+        rows.first[i] = first;
+      }
+      float s[kTile / 8][4];
+      cp_async_wait<1>();
+      __syncwarp();
+      score<Element, Width>(rows, {piece[0], piece[1]}, s);
+      __syncwarp();
+      fetch<Width, kHalf>(pages, p.value_cache, high, piece[0], 0);
+      cp_async_commit();
+      uint32_t weights[kTile / 16][4];
+      Softmax parts[2];
+      soften(rows, s, p.scale, start, false, weights, parts);
+      if (t == 0)
+        for (int i = 0; i < 2; ++i) softmaxes[warp][g + 8 * i] = parts[i];
+      cp_async_wait<0>();
+      __syncwarp();
+      float* const sums = reinterpret_cast<float*>(piece[1]);  // [16, Width], instead of the second half of the keys
+      add_values<Element, Width>(weights, {piece[2], piece[0]}, [&](int n, const float (&o)[4]) {
+        const int d = 8 * n + 2 * t;
+        if (g < heads) *reinterpret_cast<float2*>(sums + g * Width + d) = make_float2(o[0], o[1]);
+        if (g + 8 < heads) *reinterpret_cast<float2*>(sums + (g + 8) * Width + d) = make_float2(o[2], o[3]);
+      });
+    }
+    __syncthreads();
+
+    for (int i = static_cast<int>(threadIdx.x); i < heads * p.D; i += kThreads) {
+      const int row = i / p.D, d = i % p.D;
+      Softmax all;
+      float value = 0.0f;
+      for (int w = 0; w < kWarps; ++w) {
+        const Softmax part = softmaxes[w][row];
+        if (part.largest == -INFINITY) continue;
+        const float* const sums = reinterpret_cast<const float*>(shared + (w * 3 + 1) * kPiece);
+        value = merge(all, part)(value, sums[row * Width + d]);
+      }
+      const int64_t at = int64_t{ordinal} * p.Hq + head + row;
+      p.part_values[at * p.D + d] = value;
+      if (d == 0) p.parts[at] = all;
+    }
+    __syncthreads();
+  }
+}
+
+// Longer sequences: 64 rows, 16 a warp, against all keys that they see, a tile fetched ahead of the one in use.
+template <class Element, int Width>
+__device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordinal, int kv) {
+  constexpr int kPiece = kTile * Width;  // elements
+  Element* const shared = reinterpret_cast<Element*>(dynamic_shared());
+  float* const values = reinterpret_cast<float*>(shared + 4 * kPiece) + threadIdx.x;  // [Width / 8 * 4, kThreads], but mine
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int group = p.group(), b = owner(p.tiles_to, p.B, ordinal), context = p.context_lens[b];
+  const int begin = (ordinal - p.tiles_to[b]) * kTileRows, end = min(p.length(b) * group, begin + kTileRows);
+  const auto position_of = [&](int row) { return context + row / group; };
+  const int first = first_seen(position_of(begin), p.window), last = position_of(end - 1);
+  const Pages pages = p.pages(b, kv, first, last + 1);
+
+  const int mine = begin + warp * kRows, mine_end = min(end, mine + kRows);  // the warp's rows: none where mine >= end
+  const int warp_first = position_of(mine), warp_last = position_of(mine_end - 1);
+  const auto query = [&](int row) -> int64_t {
+    return (int64_t{p.cu_seqlens[b] + row / group} * p.Hq + kv * group + row % group) * p.D;
+  };
+  Rows<Element, Width> rows;
+  const int low = mine + g, high = mine + g + 8;
+  rows.load(low < end ? p.queries + query(low) : nullptr, high < end ? p.queries + query(high) : nullptr, p.D);
+  for (int i = 0; i < 2; ++i) {
+    const int row = mine + g + 8 * i;
+    rows.position[i] = row < end ? position_of(row) : -1;
+    rows.first[i] = first_seen(rows.position[i], p.window);
+  }
+
+  const int first_tile = first / kTile, last_tile = last / kTile;
+  const auto fetch_tile = [&](int tile) {
+    Element* const keys = shared + tile % 2 * 2 * kPiece;
+    const uint32_t offset = pages.offset(tile * kTile + warp * kRows + lane % kRows);
+    fetch<Width, kRows>(pages, p.key_cache, offset, keys, warp * kRows);
+    fetch<Width, kRows>(pages, p.value_cache, offset, keys + kPiece, warp * kRows);
+    cp_async_commit();
+  };
+  fetch_tile(first_tile);
+
+  Softmax chunk[2], all[2];
+  float chunk_values[Width / 8][4] = {};
+#pragma unroll
+  for (int i = 0; i < Width / 2; ++i) values[i * kThreads] = 0.0f;
+  for (int tile = first_tile; tile <= last_tile; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (tile < last_tile) fetch_tile(tile + 1);
+    const int start = tile * kTile;
+    if (mine < end && start <= warp_last && start + kTile > first_seen(warp_first, p.window)) {
+      const Element* const keys = shared + tile % 2 * 2 * kPiece;
+      float s[kTile / 8][4];
+      score<Element, Width>(rows, {keys, keys + kHalf * Width}, s);
+      const bool all_seen = start + kTile - 1 <= warp_first && start >= first_seen(warp_last, p.window);
+      uint32_t weights[kTile / 16][4];
+      Softmax parts[2];
+      soften(rows, s, p.scale, start, all_seen, weights, parts);
+      const Merge by[2] = {merge(chunk[0], parts[0]), merge(chunk[1], parts[1])};
+      add_values<Element, Width>(weights, {keys + kPiece, keys + kPiece + kHalf * Width}, [&](int n, const float (&o)[4]) {
+        for (int i = 0; i < 4; ++i) chunk_values[n][i] = by[i / 2](chunk_values[n][i], o[i]);
+      });
+    }
+    if (tile % kChunkTiles == kChunkTiles - 1 || tile == last_tile) {
+      const Merge by[2] = {merge(all[0], chunk[0]), merge(all[1], chunk[1])};
+#pragma unroll
+      for (int n = 0; n < Width / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& value = values[(4 * n + i) * kThreads];
+          value = by[i / 2](value, chunk_values[n][i]);
+          chunk_values[n][i] = 0.0f;
+        }
+      chunk[0] = chunk[1] = Softmax{};
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int row = mine + g + 8 * i;
+    if (row >= end) continue;
+    Element* const out = p.out + query(row);
+#pragma unroll
+    for (int n = 0; n < Width / 8; ++n) {
+      const int d = 8 * n + 2 * t;
+      if (d >= p.D) continue;
+      *reinterpret_cast<uint32_t*>(out + d) =
+          pack_two<Element>(__fdiv_rn(values[(4 * n + 2 * i) * kThreads], all[i].sum),
+                            __fdiv_rn(values[(4 * n + 2 * i + 1) * kThreads], all[i].sum));
+    }
+  }
+}
+
+// The first row_blocks blocks may have 64 rows of a longer sequence, those with the most keys first; the rest share the
+// chunks of decodes.
+template <class Element, int Width>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) attend_decode(const Problem<Element> p, int row_blocks) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block >= row_blocks) {
+    attend_chunks<Element, Width>(p, block - row_blocks, static_cast<int>(gridDim.x) - row_blocks);
+  } else {
+    const int ordinal = p.tiles_to[p.B] - 1 - block / p.Hkv;
+    if (ordinal >= 0) attend_rows<Element, Width>(p, ordinal, block % p.Hkv);
+  }
+}
+
+// Block (b, y): four query heads of sequence b, a warp each.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) merge_decode(const Problem<Element> p) {
+  const int b = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y * kWarps + threadIdx.x / 32);
+  const int d = static_cast<int>(threadIdx.x % 32) * 4, begin = p.chunks_to[b], end = p.chunks_to[b + 1];
+  if (begin == end || head >= p.Hq || d >= p.D) return;
+  Softmax all;
+  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+  for (int ordinal = begin; ordinal < end; ++ordinal) {
+    const int64_t at = int64_t{ordinal} * p.Hq + head;
+    const float4 part = load_four(p.part_values + at * p.D + d);
+    const Merge by = merge(all, p.parts[at]);
+    value = make_float4(by(value.x, part.x), by(value.y, part.y), by(value.z, part.z), by(value.w, part.w));
+  }
+  store_four(p.out + (int64_t{p.cu_seqlens[b]} * p.Hq + head) * p.D + d,
+             make_float4(__fdiv_rn(value.x, all.sum), __fdiv_rn(value.y, all.sum), __fdiv_rn(value.z, all.sum),
+                         __fdiv_rn(value.w, all.sum)));
+}
+
+// Chunks of decodes at most.
+int64_t most_chunks(int64_t T, int64_t B, int64_t M, int64_t block_size) {
+  return std::min(T, B) * equal_parts(M * block_size, kChunk);
+}
+
+// The workspace's arrays; the bytes they take.
+template <class Element>
+int64_t lay_out(Problem<Element>& p, void* workspace) {
+  Workspace space{static_cast<unsigned char*>(workspace)};
+  const int64_t heads = most_chunks(p.T, p.B, p.M, p.block_size) * p.Hq;
+  p.queries = space.take<Element>(int64_t{p.T} * p.Hq * p.D);
+  p.chunks_to = space.take<int32_t>(p.B + 1);
+  p.tiles_to = space.take<int32_t>(p.B + 1);
+  p.parts = space.take<Softmax>(heads);
+  p.part_values = space.take<float>(heads * p.D);
+  return space.used;
+}
+
+template <class Element, int Width>
+int attend(const Problem<Element>& p, void* stream) {
+  int device = 0, multiprocessors = 0;
+  if (const int status = check(cudaGetDevice(&device), "current device")) return status;
+  if (const int status = check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                               "number of multiprocessors"))
+    return status;
+  const int64_t longer = std::min(p.B, p.T / 2), G = p.group();  // sequences with several new tokens at most
+  const int64_t row_blocks = longer ? (p.T * G / kTileRows + longer) * p.Hkv : 0;
+  const int64_t items = most_chunks(p.T, p.B, p.M, p.block_size) * p.Hkv * p.units();
+  const int64_t chunk_blocks = std::min<int64_t>(items, int64_t{multiprocessors} * kBlocksAtOnce);
+  return launch(attend_decode<Element, Width>, dim3(static_cast<unsigned>(row_blocks + chunk_blocks)), dim3(kThreads),
+                shared_bytes<Width>(), stream, p, row_blocks);
+}
+
+template <class Element>
+int run(Problem<Element> p, double rope_theta, void* workspace, void* stream) {
+  lay_out(p, workspace);
+  InverseFrequencies inverse;
+  for (int i = 0; i < p.D / 2; ++i) inverse.of[i] = static_cast<float>(pow(rope_theta, -2.0 * i / p.D));
+  // Many tokens: a block a token, so that cosines are computed once; few: a block for each of its key/value heads.
+  const unsigned slices = p.T < 256 ? static_cast<unsigned>(p.Hkv) : 1;
+  int status = launch(append_decode<Element>, dim3(static_cast<unsigned>(p.T + 1), slices), dim3(kAppendThreads), 0, stream,
+                      p, inverse);
+  if (status != PM_OK) return status;
+  status = p.D <= 16   ? attend<Element, 16>(p, stream)
+           : p.D <= 32 ? attend<Element, 32>(p, stream)
+           : p.D <= 64 ? attend<Element, 64>(p, stream)
+                       : attend<Element, 128>(p, stream);
+  if (status != PM_OK) return status;
+  return launch(merge_decode<Element>, dim3(static_cast<unsigned>(p.B), static_cast<unsigned>((p.Hq + kWarps - 1) / kWarps)),
+                dim3(kThreads), 0, stream, p);
+}
+
+template <class Element>
+Problem<Element> problem(int64_t T, int64_t B, int64_t M, int64_t Hq, int64_t Hkv, int64_t D, int64_t block_size) {
+  Problem<Element> p = {};
+  p.M = M;
+  p.T = static_cast<int>(T);
+  p.B = static_cast<int>(B);
+  p.Hq = static_cast<int>(Hq);
+  p.Hkv = static_cast<int>(Hkv);
+  p.D = static_cast<int>(D);
+  p.block_size = static_cast<int>(block_size);
+  return p;
+}
+
+}  // namespace
+}  // namespace attention
+
+int64_t append_attention_workspace(int64_t T, int64_t B, int64_t M, int64_t Hq, int64_t Hkv, int64_t D, int64_t block_size) {
+  auto p = attention::problem<__half>(T, B, M, Hq, Hkv, D, block_size);
+  return attention::lay_out(p, nullptr);
+}
+
+int append_attention(const void* qkv, pm_dtype dtype, void* key_cache, void* value_cache, const int32_t* cu_seqlens,
+                     const int32_t* context_lens, const int32_t* block_tables, void* out, int64_t T, int64_t B, int64_t M,
+                     int64_t Hq, int64_t Hkv, int64_t D, int64_t block_size, double rope_theta, int64_t window, float scale,
+                     void* workspace, void* stream) {
+  using namespace attention;
+  if (T == 0) return PM_OK;
+  if (D % 8 != 0 || D > kMostWidth)
+    return fail(PM_UNSUPPORTED,
+                "append_attention on a GPU needs a head size that is a multiple of 8, at most %d; it is %lld", kMostWidth,
+                static_cast<long long>(D));
+  const auto of = [&](auto element) {
+    using Element = decltype(element);
+    auto p = problem<Element>(T, B, M, Hq, Hkv, D, block_size);
+    p.qkv = static_cast<const Element*>(qkv);
+    p.key_cache = static_cast<Element*>(key_cache);
+    p.value_cache = static_cast<Element*>(value_cache);
+    p.cu_seqlens = cu_seqlens;
+    p.context_lens = context_lens;
+    p.block_tables = block_tables;
+    p.out = static_cast<Element*>(out);
+    p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
+    p.scale = scale * 1.44269504088896341f;
+    return run(p, rope_theta, workspace, stream);
+  };
+  if (dtype == PM_BF16) return of(__nv_bfloat16{});
+  if (dtype == PM_F16) return of(__half{});
+  return fail(PM_UNSUPPORTED, "append_attention on a GPU needs activations PM_BF16 or PM_F16; they are pm_dtype %d", dtype);
+}
+
+}  // namespace pm::cuda
