@@ -9,7 +9,7 @@ from paddle import _C_ops
 
 PATH = Path(__file__).resolve().parent / "libpaddle_mixtral.so"
 MAX_THREADS = 1024  # OpenMP crashes the process where the system refuses it a thread
-ABI_VERSION = 4  # PM_OPS_ABI_VERSION of ops/csrc/kernels/include/common.h
+ABI_VERSION = 5  # PM_OPS_ABI_VERSION of ops/csrc/kernels/include/common.h
 
 
 class OperatorLibraryError(RuntimeError):

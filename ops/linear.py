@@ -1,16 +1,21 @@
 """Linear layers: plain and weight-only int8."""
 
+import math
+
 import paddle
 
 from ops.library import run
 
 
-def linear(x: paddle.Tensor, weight: paddle.Tensor, out_dtype: str) -> paddle.Tensor:
+def linear(x: paddle.Tensor, weight: paddle.Tensor, out_features: int, out_dtype: str) -> paddle.Tensor:
     """``x @ weight^T`` with sums in float32; a row of the result depends on its row of ``x`` alone, bit for bit.
 
+    With a bfloat16 weight denormal numbers count as zeros.
+
     Args:
-        x: [T, K] float32 or bfloat16, T >= 1.
-        weight: [N, K] float32 or bfloat16.
+        x: [T, K] float32 or bfloat16, T >= 1; bfloat16 if the weight is.
+        weight: [N, K] float32; or bfloat16 as ops.quantize.pack_bf16 packs it, [ceil(N / 32), ceil(K / 32), 1024].
+        out_features: N, which a packed weight does not tell: its last tile may hold rows of zeros.
         out_dtype: "float32" or "bfloat16".
 
     Returns:
@@ -19,7 +24,7 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, out_dtype: str) -> paddle.Te
     Raises:
         ValueError: a shape (T = 0 included), dtype or device other than the above.
     """
-    return run("pm_linear", x, weight, None, out_dtype, 16)[0]
+    return run("pm_linear", x, weight, None, out_features, out_dtype, 16)[0]
 
 
 def weight_only_linear(
@@ -44,4 +49,4 @@ def weight_only_linear(
     Raises:
         ValueError: a shape (T = 0 included), dtype, device or activation_bits other than the above.
     """
-    return run("pm_linear", x, weight, scale, out_dtype, activation_bits)[0]
+    return run("pm_linear", x, weight, scale, math.prod(scale.shape), out_dtype, activation_bits)[0]

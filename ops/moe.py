@@ -18,16 +18,18 @@ def fused_moe(
     """``y[t] = sum_e p[t, e] * w2[e] (silu(w1[e] x[t]) * (w3[e] x[t]))`` over the ``top_k`` experts of largest
     ``softmax(x[t] gate^T)`` (ties: the lower index), their probabilities renormalised to sum 1.
 
-    All arithmetic is float32, but for products with int8 weights (see ops.linear.weight_only_linear). A row of the
-    result depends on its row of ``x`` alone, bit for bit.
+    All arithmetic is float32, but for what enters products with int8 weights (see ops.linear.weight_only_linear) or
+    bfloat16 weights (ops.linear.linear), which is rounded: ``x``, and what is multiplied with w2. A row of the result
+    depends on its row of ``x`` alone, bit for bit.
 
     Args:
-        x: [T, H] float32 or bfloat16, T >= 1.
+        x: [T, H] float32 or bfloat16, T >= 1; bfloat16 if w13 is.
         gate: [E, H] float32.
-        w13: [E, 2I, H] float32 or bfloat16; rows 0..I-1 of an expert are w1 (gate), rows I..2I-1 w3 (up). Or int8,
-            each expert packed by ops.quantize.pack_gate_up: uint8 [E, ceil(I / 16), ceil(H / 64), 2048].
-        w2: [E, H, I] of the same dtype; or int8, each expert packed by ops.quantize.pack_int8: uint8
-            [E, ceil(H / 32), ceil(I / 64), 2048].
+        w13: [E, 2I, H] float32; rows 0..I-1 of an expert are w1 (gate), rows I..2I-1 w3 (up). Or each expert packed by
+            ops.quantize.pack_gate_up: int8 as uint8 [E, ceil(I / 16), ceil(H / 64), 2048], bfloat16
+            [E, ceil(I / 16), ceil(H / 32), 1024].
+        w2: [E, H, I] float32. Or each expert packed by ops.quantize.pack_int8, uint8 [E, ceil(H / 32), ceil(I / 64),
+            2048], or pack_bf16, [E, ceil(H / 32), ceil(I / 32), 1024].
         top_k: experts a token; 1 to E.
         w13_scale, w2_scale: [E, 2I] and [E, H] float32 for int8 weights, None for others.
         activation_bits: 16, or 8 with int8 weights: of the fixed point that is multiplied with them.

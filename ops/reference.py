@@ -89,6 +89,48 @@ def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x @ weight.T
 
 
+def linear_bf16(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """ops.linear.linear with a bfloat16 weight: x [T, K], weight [N, K] (not packed) -> [T, N], the same bits.
+
+    Both hold the values of bfloat16 as float32. The bits of a NaN are not defined.
+    """
+    padding = ((0, 0), (0, -x.shape[1] % 32))
+    x, weight = (_without_denormals(np.pad(a, padding)) for a in (x, weight))
+    total = np.zeros((len(x), len(weight)), np.float32)
+    for k in range(0, x.shape[1], 2):
+        for column in (k + 1, k):
+            total = _fused_multiply_add(x[:, column, None], weight[:, column], total)
+    return total
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """x float32 to the nearest bfloat16, halves to even; a NaN stays one. As float32."""
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(x), x, rounded)
+
+
+def _without_denormals(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _fused_multiply_add(x: np.ndarray, w: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """x * w + total of bfloat16 x and w and float32 total, rounded once; a denormal result is a zero of its sign."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = x.astype(np.float64) * w  # exact
+        near = product + total
+        # What the sum lacks (Knuth's TwoSum) goes into its last bit (Boldo and Melquiond's rounding to odd): then the
+        # result is as if it were rounded once, to float32.
+        rest = near - product
+        lack = (product - (near - rest)) + (total - rest)
+        bits = near.view(np.int64)
+        inexact = np.isfinite(near) & (lack != 0) & (bits & 1 == 0)
+        odd = np.where(inexact, np.where((lack > 0) == (near > 0), bits + 1, bits - 1), bits).view(np.float64)
+        result = odd.astype(np.float32)
+    # Denormal after rounding to 24 bits, whatever the exponent: 2^-126 less half a unit would become 2^-126.
+    return np.where(np.abs(odd) < 2.0**-126 * (1 - 2.0**-25), np.copysign(np.float32(0), result), result)
+
+
 def fixed_point(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """x [T, K] float32 in fixed point of 16 or 8 bits: q [T, K] int64 and scale [T] float32, x nearly q * scale."""
     largest = {16: np.float32(32639), 8: np.float32(127)}[bits]
@@ -113,33 +155,44 @@ def quantize_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
 
 
+def pack(weight: np.ndarray, columns_of_tile: int) -> np.ndarray:
+    """weight [N, K] in tiles [tiles of 32 rows, tiles of columns, elements]: 16 words of a row, 32 rows, a word."""
+    rows, columns = -(-weight.shape[0] // 32), -(-weight.shape[1] // columns_of_tile)
+    padded = np.zeros((rows * 32, columns * columns_of_tile), weight.dtype)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    tiles = padded.reshape(rows, 32, columns, 16, columns_of_tile // 16).transpose(0, 2, 3, 1, 4)
+    return tiles.reshape(rows, columns, 32 * columns_of_tile)
+
+
 def pack_int8(q: np.ndarray) -> np.ndarray:
     """ops.quantize.pack_int8: q [N, K] int8 -> uint8 [tiles of 32 rows, tiles of 64 columns, 2048]."""
-    rows, columns = -(-q.shape[0] // 32), -(-q.shape[1] // 64)
-    padded = np.zeros((rows * 32, columns * 64), np.int16)
-    padded[: q.shape[0], : q.shape[1]] = q
-    tiles = padded.reshape(rows, 32, columns, 16, 4).transpose(0, 2, 3, 1, 4)
-    return (tiles + 128).astype(np.uint8).reshape(rows, columns, 2048)
+    return (pack(q.astype(np.int16), 64) + 128).astype(np.uint8)
 
 
-def pack_gate_up(q: np.ndarray) -> np.ndarray:
-    """ops.quantize.pack_gate_up: q [2I, K] int8, gate above up -> tiles of 16 gate and 16 up rows."""
-    gate, up = np.split(q, 2)
+def pack_bf16(weight: np.ndarray) -> np.ndarray:
+    """ops.quantize.pack_bf16: weight [N, K] of 16-bit elements -> [tiles of 32 rows, tiles of 32 columns, 1024]."""
+    return pack(weight, 32)
+
+
+def pack_gate_up(weight: np.ndarray) -> np.ndarray:
+    """ops.quantize.pack_gate_up: weight [2I, K], gate above up -> tiles of 16 gate and 16 up rows."""
+    gate, up = np.split(weight, 2)
     rows = -(-len(gate) // 16) * 16
-    halves = [np.pad(half, ((0, rows - len(half)), (0, 0))).reshape(-1, 16, q.shape[1]) for half in (gate, up)]
-    return pack_int8(np.stack(halves, axis=1).reshape(-1, q.shape[1]))
+    halves = [np.pad(half, ((0, rows - len(half)), (0, 0))).reshape(-1, 16, weight.shape[1]) for half in (gate, up)]
+    merged = np.stack(halves, axis=1).reshape(-1, weight.shape[1])
+    return pack_int8(merged) if weight.dtype == np.int8 else pack_bf16(merged)
 
 
-def unpack_int8(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """q [rows, columns] int8 of pack_int8(q)."""
-    tiles = packed.reshape(*packed.shape[:2], 16, 32, 4).transpose(0, 3, 1, 2, 4)
-    q = (tiles.reshape(packed.shape[0] * 32, -1).astype(np.int16) - 128).astype(np.int8)
-    return q[:rows, :columns]
+def unpack(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The weight [rows, columns] of pack_int8 (uint8 -> int8) or pack_bf16."""
+    tiles = packed.reshape(*packed.shape[:2], 16, 32, -1).transpose(0, 3, 1, 2, 4)
+    weight = tiles.reshape(packed.shape[0] * 32, -1)[:rows, :columns]
+    return (weight.astype(np.int16) - 128).astype(np.int8) if packed.dtype == np.uint8 else weight
 
 
 def unpack_gate_up(packed: np.ndarray, intermediate: int, columns: int) -> np.ndarray:
-    """q [2 * intermediate, columns] int8 of pack_gate_up(q)."""
-    halves = unpack_int8(packed, len(packed) * 32, columns).reshape(-1, 2, 16, columns)
+    """The weight [2 * intermediate, columns] of pack_gate_up."""
+    halves = unpack(packed, len(packed) * 32, columns).reshape(-1, 2, 16, columns)
     return np.concatenate([halves[:, i].reshape(-1, columns)[:intermediate] for i in range(2)])
 
 
@@ -168,13 +221,17 @@ def fused_moe(
     w13_scale: np.ndarray | None = None,
     w2_scale: np.ndarray | None = None,
     activation_bits: int = 16,
+    bfloat16: bool = False,
 ) -> np.ndarray:
-    """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H]; int8 not packed."""
+    """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H]; none of them packed.
+
+    ``bfloat16``: of that type are x, w13 and w2, with their values as float32.
+    """
 
     def product(x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None, e: int) -> np.ndarray:
-        if scale is None:
-            return linear(x, weight[e])
-        return weight_only_linear(x, weight[e], scale[e], activation_bits)
+        if scale is not None:
+            return weight_only_linear(x, weight[e], scale[e], activation_bits)
+        return linear_bf16(round_bf16(x), weight[e]) if bfloat16 else linear(x, weight[e])
 
     share = route(x, gate, top_k)
     y = np.zeros_like(x)

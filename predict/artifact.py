@@ -15,7 +15,7 @@ from typing import Any
 import paddle
 
 from ops.library import ABI_VERSION
-from ops.quantize import INT8_LAYOUT
+from ops.quantize import BF16_LAYOUT, INT8_LAYOUT
 from predict.model.config import ConfigError, MixtralConfig, positive, read_json
 from predict.model.mixtral import QUANT_TYPES
 from predict.progress import progress
@@ -30,9 +30,11 @@ class ArtifactError(ValueError):
     """An exported folder that is incomplete, changed, or not what was asked for."""
 
 
-def weight_layout(quant_type: str | None) -> str:
+def weight_layout(dtype: str | None, quant_type: str | None) -> str:
     """How the matrices of an exported model lie in its files and in memory: as the kernels multiply with them."""
-    return "row_major" if quant_type is None else INT8_LAYOUT
+    if quant_type is not None:
+        return INT8_LAYOUT
+    return BF16_LAYOUT if dtype == "bfloat16" else "row_major"
 
 
 def refuse_artifact(model: str | Path) -> None:
@@ -86,7 +88,7 @@ class Artifact:
         wanted = {
             "format_version": FORMAT_VERSION,
             "ops_abi_version": ABI_VERSION,
-            "weight_layout": weight_layout(manifest.get("quant_type")),
+            "weight_layout": weight_layout(manifest.get("dtype"), manifest.get("quant_type")),
         }
         for key, needed in wanted.items():
             if manifest.get(key) != needed:
@@ -201,7 +203,7 @@ def write_manifest(
         "ops_abi_version": ABI_VERSION,
         "dtype": dtype,
         "quant_type": quant_type,
-        "weight_layout": weight_layout(quant_type),
+        "weight_layout": weight_layout(dtype, quant_type),
         "world_size": world_size,
         "block_size": block_size,
         "config": dataclasses.asdict(config),

@@ -7,6 +7,7 @@ Hq / Hkv this rank's query / key-value heads, D head size, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import paddle
 from paddle import nn
@@ -27,21 +28,18 @@ QUANT_TYPES = {"weight_only_int8": 16, "a8w8": 8}
 
 
 class Linear(nn.Layer):
-    """y = x W^T with W [out, in] in the activation dtype or int8."""
+    """y = x W^T with W [out, in] in the activation dtype or int8; all but float32 packed."""
 
     def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None, out_dtype: str):
         super().__init__()
-        self.out_dtype = out_dtype
+        self.out_features, self.out_dtype = out_features, out_dtype
         self.activation_bits = _activation_bits(quant_type)
-        if self.activation_bits is not None:
-            _add_int8(self, "weight", packed_shape(out_features, in_features), [out_features, in_features])
-        else:
-            _add_buffer(self, "weight", [out_features, in_features], dtype)
+        _add_weight(self, "weight", [out_features, in_features], dtype, quant_type, packed_shape)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if self.activation_bits is not None:
             return weight_only_linear(x, self.weight, self.weight_scale, self.out_dtype, self.activation_bits)
-        return linear(x, self.weight, self.out_dtype)
+        return linear(x, self.weight, self.out_features, self.out_dtype)
 
 
 class DecoderLayer(nn.Layer):
@@ -59,14 +57,9 @@ class DecoderLayer(nn.Layer):
         self.o_proj = Linear(hidden, self.num_heads * head_dim, dtype, quant_type, "float32")
         _add_buffer(self, "post_attention_layernorm", [hidden], "float32")
         _add_buffer(self, "gate", [experts, hidden], "float32")
-        w13, w2 = [experts, 2 * intermediate, hidden], [experts, hidden, intermediate]
         self.activation_bits = _activation_bits(quant_type)
-        if self.activation_bits is not None:
-            _add_int8(self, "w13", [experts, *gate_up_shape(intermediate, hidden)], w13)
-            _add_int8(self, "w2", [experts, *packed_shape(hidden, intermediate)], w2)
-        else:
-            _add_buffer(self, "w13", w13, dtype)
-            _add_buffer(self, "w2", w2, dtype)
+        _add_weight(self, "w13", [experts, 2 * intermediate, hidden], dtype, quant_type, _gate_up_shape)
+        _add_weight(self, "w2", [experts, hidden, intermediate], dtype, quant_type, packed_shape)
 
     def forward(self, residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables):
         """residual [T, H] and what the layer before leaves to be added to it -> the same two after this layer."""
@@ -188,9 +181,27 @@ def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> Non
     layer.register_buffer(name, empty(shape, dtype))
 
 
-def _add_int8(layer: nn.Layer, name: str, packed: list[int], shape: list[int]) -> None:
-    """``name``, weights of ``shape`` packed, and ``name``_scale, one float32 per output row."""
-    _add_buffer(layer, name, packed, "uint8")
+def _add_weight(
+    layer: nn.Layer,
+    name: str,
+    shape: list[int],
+    dtype: str,
+    quant_type: str | None,
+    shape_in_tiles: Callable[[int, int, str], list[int]],
+) -> None:
+    """``name``, weights of ``shape`` as the kernels take them: packed, but for float32; with int8, ``name``_scale, one
+    float32 per output row."""
+    if quant_type is None and dtype == "float32":
+        _add_buffer(layer, name, shape, dtype)
+        return
+    element = dtype if quant_type is None else "int8"
+    packed = [*shape[:-2], *shape_in_tiles(shape[-2], shape[-1], element)]
+    _add_buffer(layer, name, packed, "uint8" if element == "int8" else element)
     if math.prod(packed) != math.prod(shape):
-        host_view(getattr(layer, name))[...] = INT8_ZERO
-    _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")
+        host_view(getattr(layer, name))[...] = INT8_ZERO if element == "int8" else 0
+    if element == "int8":
+        _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")
+
+
+def _gate_up_shape(rows: int, columns: int, dtype: str) -> list[int]:
+    return gate_up_shape(rows // 2, columns, dtype)

@@ -14,7 +14,7 @@ import paddle
 # By name: NumPy imports its random numbers when they are first used, and an interrupt inside that import is lost.
 from numpy.random import SFC64, Generator
 
-from ops.quantize import INT8_ZERO, pack_int8_into, quantize_int8_into
+from ops.quantize import INT8_ZERO, pack_into, quantize_int8_into
 from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import ConfigError, MixtralConfig, positive
 from predict.model.memory import host_view
@@ -205,7 +205,7 @@ class _Loader:
         expert: int | None = None,
         half: int | None = None,
     ) -> int:
-        """This rank's share of the output rows, to row ``at`` on; returns how many. ``half``: see pack_int8_into."""
+        """This rank's share of the output rows, to row ``at`` on; returns how many. ``half``: see pack_into."""
         array, dtype = self._read(name)
         share = array.shape[0] // self.world_size
         self._fill(layer, weight, name, array[self.rank * share :][:share], dtype, at, expert, half)
@@ -214,11 +214,15 @@ class _Loader:
     def _fill(self, layer, weight: str, name: str, rows: np.ndarray, dtype: str, at=0, expert=None, half=None) -> None:
         """``rows`` to row ``at`` on of the layer's weight, or of one expert of it."""
         target = _part(host_view(getattr(layer, weight)), expert)
-        if self.model.quant_type is None:
-            target[at : at + len(rows)] = convert(rows, dtype, self.model.dtype)
-        else:
+        if self.model.quant_type is not None:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
-            pack_int8_into(_quantised(name, rows, scale, dtype), target, at if half is None else 0, half)
+            rows = _quantised(name, rows, scale, dtype)
+        else:
+            rows = convert(rows, dtype, self.model.dtype)
+        if rows.dtype == np.float32:
+            target[at : at + len(rows)] = rows
+        else:
+            pack_into(rows, target, at if half is None else 0, half)
 
     def _columns(self, layer: paddle.nn.Layer, weight: str, name: str, expert: int | None = None) -> None:
         """This rank's share of the input columns; the scale of a row is that of the whole row."""
@@ -226,11 +230,15 @@ class _Loader:
         share = array.shape[1] // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
         target = _part(host_view(getattr(layer, weight)), expert)
-        if self.model.quant_type is None:
-            target[...] = convert(array[:, mine], dtype, self.model.dtype)
-        else:
+        if self.model.quant_type is not None:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
-            pack_int8_into(_quantised(name, array, scale, dtype)[:, mine], target)
+            columns = _quantised(name, array, scale, dtype)[:, mine]
+        else:
+            columns = convert(array[:, mine], dtype, self.model.dtype)
+        if columns.dtype == np.float32:
+            target[...] = columns
+        else:
+            pack_into(columns, target)
 
     def _vocabulary(self, name: str) -> None:
         """This rank's rows of lm_head, zero past the vocabulary."""

@@ -84,6 +84,18 @@ def test_quantised_weights_are_saved_packed(exported, demo):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "layout", "shape"),
+    [("bfloat16", "tile32x32", gate_up_shape), ("float32", "row_major", lambda inner, hidden, _: [2 * inner, hidden])],
+)
+def test_the_layout_of_other_weights_is_named(exported, demo, dtype, layout, shape):
+    config = MixtralConfig.read(demo / "config.json")
+    folder = exported(dtype, None)
+    assert json.loads((folder / "manifest.json").read_text())["weight_layout"] == layout
+    found = read_header(folder / "rank_0" / "model.safetensors")["layers.0.w13"].shape
+    assert found == (config.num_local_experts, *shape(config.intermediate_size, config.hidden_size, dtype))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format_version": 1}, "exported with format_version 1, this version needs 2; export it again"),

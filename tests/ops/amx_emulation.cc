@@ -60,6 +60,7 @@ void dot(int sum, int a, int b) {
 
 namespace pm {
 Isa isa() { return Isa::amx; }
+bool has_bf16_unit() { return false; }
 void count_experts(int64_t, int64_t) {}
 }  // namespace pm
 

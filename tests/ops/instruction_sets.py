@@ -24,16 +24,16 @@ def available() -> list[str]:
     return found
 
 
-def digests(module: str) -> dict[str, str]:
-    """``module.digest()``, evaluated in one process per instruction set, all at once."""
+def digests(module: str, isas: list[str] | None = None, environment: dict[str, str] | None = None) -> dict[str, str]:
+    """``module.digest()``, evaluated in one process per instruction set (None: all there are), all at once."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     running = {
         isa: subprocess.Popen(
             [sys.executable, "-c", f"import {module}; print({module}.digest())"],
-            env={**os.environ, "PADDLE_MIXTRAL_ISA": isa, "PYTHONPATH": path},
+            env={**os.environ, "PADDLE_MIXTRAL_ISA": isa, "PYTHONPATH": path, **(environment or {})},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for isa in available()
+        for isa in isas or available()
     }
     return {isa: process.communicate()[0].split()[-1] for isa, process in running.items()}

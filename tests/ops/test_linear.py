@@ -8,10 +8,10 @@ import pytest
 
 from ops import library, reference
 from ops.linear import linear, weight_only_linear
-from ops.quantize import pack_int8, packed_shape
+from ops.quantize import pack_bf16, pack_int8, packed_shape
 from tests.ops.instruction_sets import digests
 
-# K around the 16 lanes of a vector and the 64 bytes of a cache line; T around the panels (6 and 12 tokens), tasks (48).
+# K around the 16 lanes of a vector and the columns of tiles (32, 64); T around the panels (6, 12 tokens), tasks (48).
 SIZES = [
     (1, 1, 1),
     (1, 33, 16),
@@ -56,15 +56,66 @@ def assert_close(y, x, weight, out_dtype):
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), SIZES)
-def test_linear_is_the_reference(tokens, rows, columns, x_dtype, w_dtype, out_dtype):
+def test_linear_is_the_reference(tokens, rows, columns, x_dtype, out_dtype):
     x = tensor(random(tokens, columns, seed=tokens), x_dtype)
-    weight = tensor(random(rows, columns, seed=rows), w_dtype)
-    y = linear(x, weight, out_dtype)
+    weight = tensor(random(rows, columns, seed=rows), "float32")
+    y = linear(x, weight, rows, out_dtype)
     assert y.shape == [tokens, rows]
     assert_close(y, x, weight, out_dtype)
+
+
+def bf16(array):
+    """An array in bfloat16: packed, and its values as float32."""
+    rounded = reference.round_bf16(array)
+    return packed_bf16((rounded.view(np.uint32) >> 16).astype(np.uint16)), rounded
+
+
+def packed_bf16(bits):
+    return paddle.to_tensor(pack_bf16(bits).view(np.int16)).view("bfloat16")
+
+
+def assert_same_bits(y, expected):
+    """Signs of zeros included; but any NaN is as good as another."""
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(y), ~numbers)
+    np.testing.assert_array_equal(y[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+
+
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [*SIZES, (300, 9, 14001)])  # more than a block holds
+def test_linear_bf16_is_the_reference(tokens, rows, columns, out_dtype):
+    x = reference.round_bf16(random(tokens, columns, seed=tokens))
+    packed, weight = bf16(random(rows, columns, seed=rows))
+    y = linear(tensor(x, "bfloat16"), packed, rows, out_dtype)
+    assert y.shape == [tokens, rows]
+    expected = reference.linear_bf16(x, weight)
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    # Every one of a sum's K additions rounds it, to within 2^-24 of at most the sum of the magnitudes.
+    assert np.all(np.abs(expected - exact) <= columns * 2.0**-24 * (np.abs(x) @ np.abs(weight).T))
+    if out_dtype == "bfloat16":
+        expected = reference.round_bf16(expected)
+    assert_same_bits(y.astype("float32").numpy(), expected)
+
+
+def extremes(seed, rows, columns, exponents):
+    """bfloat16 of the given range of biased exponents, denormals (0) and what is not finite (255) among them."""
+    generator = np.random.default_rng(seed)
+    bits = generator.integers(0, 2, (rows, columns)) << 15 | generator.integers(*exponents, (rows, columns)) << 7
+    return (bits | generator.integers(0, 128, (rows, columns))).astype(np.uint16)
+
+
+# Sums around the smallest normal number; denormal operands and products by large ones; overflow; infinities and NaN.
+@pytest.mark.parametrize("exponents", [(60, 68), (0, 3), (0, 255), (180, 200), (0, 256)])
+@pytest.mark.parametrize("tokens", [1, 5, 12])
+def test_denormals_and_what_is_not_finite_in_bf16(tokens, exponents):
+    x, weight = extremes(tokens, tokens, 70, exponents), extremes(20, 40, 70, exponents)
+    weight[:, 1::2] = weight[:, ::2] ^ (weight[:, 1::2] & 0x8001)  # sums that cancel, nearly or wholly
+    x[:, 1::2] = x[:, ::2]
+    values = [(a.astype(np.uint32) << 16).view(np.float32) for a in (x, weight)]
+    x = paddle.to_tensor(x.view(np.int16)).view("bfloat16")
+    assert_same_bits(linear(x, packed_bf16(weight), 40, "float32").numpy(), reference.linear_bf16(*values))
 
 
 def int8(weight):
@@ -142,19 +193,20 @@ def test_rows_without_a_scale(value, bits):
 
 
 def test_more_tokens_than_a_block_holds():
-    x, weight = tensor(random(300, 14001, seed=1), "bfloat16"), tensor(random(9, 14001, seed=2), "bfloat16")
-    assert_close(linear(x, weight, "float32"), x, weight, "float32")
+    x, weight = tensor(random(300, 14001, seed=1), "float32"), tensor(random(9, 14001, seed=2), "float32")
+    assert_close(linear(x, weight, 9, "float32"), x, weight, "float32")
 
 
 @pytest.mark.parametrize(("w_dtype", "bits"), [("float32", 16), ("bfloat16", 16), ("int8", 16), ("int8", 8)])
 def test_rows_do_not_depend_on_their_batch_or_the_threads(w_dtype, bits):
     x, weight = tensor(random(70, 523, seed=3), "bfloat16"), tensor(random(300, 523, seed=4), "float32")
     packed, scale, _ = int8(weight.numpy())
+    plain = weight if w_dtype == "float32" else bf16(weight.numpy())[0]
 
     def outputs(x):
         if w_dtype == "int8":
             return weight_only_linear(x, packed, scale, "float32", bits).numpy()
-        return linear(x, weight.astype(w_dtype), "float32").numpy()
+        return linear(x, plain, 300, "float32").numpy()
 
     alone = np.concatenate([outputs(x[t : t + 1]) for t in range(70)])
     for threads in (1, 2, 3):
@@ -170,13 +222,15 @@ def digest() -> str:
         x, weight = tensor(random(tokens, 531, seed=5), "bfloat16"), tensor(random(37, 531, seed=6), "float32")
         packed, scale, _ = int8(weight.numpy())
         for y in (
-            linear(x, weight, "float32"),
-            linear(x, weight.astype("bfloat16"), "float32"),
+            linear(x, weight, 37, "float32"),
+            linear(x, bf16(weight.numpy())[0], 37, "float32"),
             weight_only_linear(x, packed, scale, "float32"),
             weight_only_linear(x, packed, scale, "bfloat16").astype("float32"),
             weight_only_linear(x, packed, scale, "float32", activation_bits=8),
         ):
             sha.update(y.numpy().tobytes())
+        x = paddle.to_tensor(extremes(tokens, tokens, 531, (60, 68)).view(np.int16)).view("bfloat16")
+        sha.update(linear(x, packed_bf16(extremes(7, 37, 531, (60, 68))), 37, "float32").numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -185,9 +239,15 @@ def test_instruction_sets_agree():
     assert set(found.values()) == {digest()}, found
 
 
+def test_without_fused_multiply_add_in_hardware():
+    """Then the C library computes it, as it does here for the baseline when told that the processor lacks it."""
+    told = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-FMA,-FMA4,-AVX2"}
+    assert digests("test_linear", ["baseline"], told) == {"baseline": digest()}
+
+
 def test_shape_is_inferred_for_any_number_of_tokens():
     def both(x, weight, packed, scale):
-        return linear(x, weight, "float32"), weight_only_linear(x, packed, scale, "bfloat16")
+        return linear(x, weight, 5, "float32"), weight_only_linear(x, packed, scale, "bfloat16")
 
     specs = [
         paddle.static.InputSpec([-1, 16], "float32"),
@@ -208,17 +268,32 @@ PACKED = np.zeros(packed_shape(3, 16), np.uint8)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X[:0], WEIGHT, "float32"), "linear: needs T, N and K >= 1, found T = 0"),
-        ((X, WEIGHT[:, 1:], "float32"), r"linear: weight has shape \[3, 15\], needs \[-1, 16\]"),
-        ((X, WEIGHT.astype(np.int8), "float32"), "linear: weight is int8, needs float32 or bfloat16"),
-        ((X.astype(np.float16), WEIGHT, "float32"), "linear: x is float16, needs float32 or bfloat16"),
-        ((X, WEIGHT, "int8"), "out_dtype is 'int8', needs float32 or bfloat16"),
+        ((X[:0], WEIGHT, 3, "float32"), "linear: needs T, N and K >= 1, found T = 0"),
+        ((X, WEIGHT, 0, "float32"), "linear: needs T, N and K >= 1, found T = 2, N = 0"),
+        ((X, WEIGHT, 4, "float32"), r"linear: weight has shape \[3, 16\], needs \[4, 16\]"),
+        ((X, WEIGHT[:, 1:], 3, "float32"), r"linear: weight has shape \[3, 15\], needs \[3, 16\]"),
+        ((X, WEIGHT.astype(np.int8), 3, "float32"), "linear: weight is int8, needs float32 or bfloat16"),
+        ((X.astype(np.float16), WEIGHT, 3, "float32"), "linear: x is float16, needs float32 or bfloat16"),
+        ((X, WEIGHT, 3, "int8"), "out_dtype is 'int8', needs float32 or bfloat16"),
     ],
 )
 def test_linear_refuses(arguments, message):
-    x, weight, out_dtype = arguments
+    x, weight, out_features, out_dtype = arguments
     with pytest.raises(ValueError, match=message):
-        linear(paddle.to_tensor(x), paddle.to_tensor(weight), out_dtype)
+        linear(paddle.to_tensor(x), paddle.to_tensor(weight), out_features, out_dtype)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "packed", "out_features", "message"),
+    [
+        ("float32", [1, 1, 1024], 3, "linear: x is float32, weights of bfloat16 need bfloat16; cast x"),
+        ("bfloat16", [1, 1, 1024], 33, r"linear: weight has shape \[1, 1, 1024\], needs \[2, 1, 1024\]"),
+        ("bfloat16", [3, 16], 3, r"linear: weight has shape \[3, 16\], needs \[1, 1, 1024\]"),
+    ],
+)
+def test_linear_refuses_with_bf16_weights(x_dtype, packed, out_features, message):
+    with pytest.raises(ValueError, match=message):
+        linear(tensor(X, x_dtype), paddle.zeros(packed, "bfloat16"), out_features, "float32")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +301,7 @@ def test_linear_refuses(arguments, message):
     [
         (WEIGHT, np.ones(3, np.float32), "weight_only_linear: weight is float32, needs uint8"),
         (PACKED, np.ones(33, np.float32), r"weight has shape \[1, 1, 2048\], needs \[2, 1, 2048\]"),
+        (PACKED, np.ones([3, 1], np.float32), r"scale has shape \[3, 1\], needs \[3\]"),
         (PACKED, np.ones(3, np.float64), "scale is another type, needs float32"),
     ],
 )

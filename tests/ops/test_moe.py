@@ -8,7 +8,7 @@ import pytest
 
 from ops import library, reference
 from ops.moe import fused_moe
-from ops.quantize import gate_up_shape, pack_gate_up, pack_int8, packed_shape
+from ops.quantize import gate_up_shape, pack_bf16, pack_gate_up, pack_int8, packed_shape
 from tests.ops.instruction_sets import digests
 
 # (T, H, I, E): E not a power of two, H and I not multiples of 16, more tokens than a panel (6) and a task (48) hold.
@@ -16,8 +16,9 @@ SIZES = [(1, 16, 16, 1), (1, 77, 33, 5), (2, 64, 48, 3), (9, 40, 530, 8), (30, 5
 # Sums of some hundred float32 products of order one, passed through two layers; relative to the largest result. With
 # int8 the sums are exact, but an h that differs in its last bit may be rounded to another of its row's 32,639 steps.
 # With 8 bits ("a8w8") such a step is 1 / 127, far beyond this, which so tells 8 bits from 16; but it takes an h within
-# a rounding of the border of two steps. Inputs and bits are the same everywhere, and none of them lies there.
-TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-6, "int8": 5e-5, "a8w8": 5e-5}
+# a rounding of the border of two steps. Inputs and bits are the same everywhere, and none of them lies there. So it is
+# with bfloat16, whose steps are 1 / 256 of an h.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-5, "int8": 5e-5, "a8w8": 5e-5}
 THREADS = library.num_threads()
 
 
@@ -44,10 +45,14 @@ class Layer:
             self.tensors = [paddle.to_tensor(w) for w in packed]
             self.scales = [paddle.to_tensor(scale) for scale in (w13_scale, w2_scale)]
             self.exact = [gate, w13, w2]
+        elif dtype == "bfloat16":
+            self.exact = [gate, *(reference.round_bf16(w) for w in (w13, w2))]
+            bits = [(w.view(np.uint32) >> 16).astype(np.uint16) for w in self.exact[1:]]
+            packed = [np.stack([pack(w) for w in ws]) for pack, ws in zip((pack_gate_up, pack_bf16), bits, strict=True)]
+            self.tensors = [paddle.to_tensor(w.view(np.int16)).view("bfloat16") for w in packed]
         else:
-            self.tensors = [paddle.to_tensor(w).astype(dtype) for w in (w13, w2)]
-            exact = (self.gate, *self.tensors)
-            self.exact = [w.astype("float32").numpy().astype(np.float64) for w in exact]
+            self.tensors = [paddle.to_tensor(w) for w in (w13, w2)]
+            self.exact = [w.astype(np.float64) for w in (gate, w13, w2)]
 
     def __call__(self, x, top_k):
         return fused_moe(x, self.gate, *self.tensors, top_k, *(self.scales or (None, None)), self.bits)
@@ -56,6 +61,8 @@ class Layer:
         x = x.astype("float32").numpy()
         if self.scales:  # rounds x and h to fixed point: in float32, as the operator does
             return reference.fused_moe(x, *self.exact, top_k, *(scale.numpy() for scale in self.scales), self.bits)
+        if self.dtype == "bfloat16":
+            return reference.fused_moe(x, *self.exact, top_k, bfloat16=True)
         return reference.fused_moe(x.astype(np.float64), *self.exact, top_k)
 
 
@@ -70,8 +77,10 @@ def assert_is_the_reference(layer, x, top_k):
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=TOLERANCE[layer.dtype] * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16", "int8", "a8w8"])
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype"),
+    [(x, w) for x in ("float32", "bfloat16") for w in ("float32", "int8", "a8w8")] + [("bfloat16", "bfloat16")],
+)
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate", "experts"), SIZES)
 def test_fused_moe_is_the_reference(tokens, hidden, intermediate, experts, x_dtype, w_dtype):
     layer = Layer(hidden, intermediate, experts, w_dtype, seed=hidden)
@@ -173,6 +182,12 @@ PACKED = {
     "w2_scale": paddle.zeros([3, 16]),
 }
 
+BF16_X = {"x": paddle.zeros([2, 16], "bfloat16")}
+BF16 = {
+    "w13": paddle.zeros([3, *gate_up_shape(4, 16, "bfloat16")], "bfloat16"),
+    "w2": paddle.zeros([3, *packed_shape(16, 4, "bfloat16")], "bfloat16"),
+}
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -182,6 +197,13 @@ PACKED = {
         ({"w13": paddle.zeros([4, 8, 16])}, r"w13 has shape \[4, 8, 16\], needs \[3, -1, 16\]"),
         ({"w13": paddle.zeros([3, 7, 16])}, "w13 has 7 rows an expert, needs an even number"),
         ({"w2": paddle.zeros([3, 16, 4], "bfloat16")}, "w2 is bfloat16, needs float32"),
+        (BF16, "x is float32, weights of bfloat16 need bfloat16; cast x"),
+        (
+            {**BF16, **BF16_X, "w13": paddle.zeros([3, 8, 16], "bfloat16")},
+            r"w13 has shape \[3, 8, 16\], needs \[3, -1, 1, 1024\]",
+        ),
+        ({**BF16, **BF16_X, "w2": paddle.zeros([3, 1, 2, 1024], "bfloat16")}, r"needs \[3, 1, 1, 1024\]"),
+        ({**BF16, **BF16_X, "w2": paddle.zeros([3, 16, 4])}, "w2 is float32, needs bfloat16"),
         ({"w2": paddle.zeros([3, 16, 5])}, r"w2 has shape \[3, 16, 5\], needs \[3, 16, 4\]"),
         ({"top_k": 4}, "top_k is 4, needs 1 to the number of experts, 3"),
         ({"top_k": 0}, "top_k is 0, needs 1 to the number of experts, 3"),

@@ -5,7 +5,15 @@ import paddle
 import pytest
 
 from ops import library, reference
-from ops.quantize import pack_gate_up, pack_int8, pack_int8_into, packed_shape, quantize_int8, quantize_int8_into
+from ops.quantize import (
+    pack_bf16,
+    pack_gate_up,
+    pack_int8,
+    pack_into,
+    packed_shape,
+    quantize_int8,
+    quantize_int8_into,
+)
 
 SIZES = [(1, 1), (2, 15), (3, 16), (5, 77), (300, 530)]
 
@@ -114,31 +122,63 @@ def integers(rows, columns):
     return np.random.default_rng(rows + columns).integers(-127, 128, [rows, columns]).astype(np.int8)
 
 
+def sixteen_bits(rows, columns):
+    return np.random.default_rng(rows + columns).integers(0, 1 << 16, [rows, columns]).astype(np.uint16)
+
+
+# What makes a weight, what packs it, the same by the reference, and what stands for zero.
+PACKINGS = [
+    (integers, pack_int8, reference.pack_int8, "int8", 128),
+    (sixteen_bits, pack_bf16, reference.pack_bf16, "bfloat16", 0),
+]
+
+
+@pytest.mark.parametrize(("make", "pack", "expected", "dtype", "zero"), PACKINGS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 64), (33, 65), (70, 130), (300, 530)])
-def test_packing_is_the_reference(rows, columns):
-    q = integers(rows, columns)
-    np.testing.assert_array_equal(pack_int8(q), reference.pack_int8(q))
-    np.testing.assert_array_equal(reference.unpack_int8(pack_int8(q), rows, columns), q)
-    q = integers(2 * rows, columns)
-    np.testing.assert_array_equal(pack_gate_up(q), reference.pack_gate_up(q))
-    np.testing.assert_array_equal(reference.unpack_gate_up(pack_gate_up(q), rows, columns), q)
+def test_packing_is_the_reference(rows, columns, make, pack, expected, dtype, zero):
+    weight = make(rows, columns)
+    packed = pack(weight)
+    assert list(packed.shape) == packed_shape(rows, columns, dtype)
+    assert packed[0, 0].nbytes == 2048
+    np.testing.assert_array_equal(packed, expected(weight))
+    np.testing.assert_array_equal(reference.unpack(packed, rows, columns), weight)
+    weight = make(2 * rows, columns)
+    np.testing.assert_array_equal(pack_gate_up(weight), reference.pack_gate_up(weight))
+    np.testing.assert_array_equal(reference.unpack_gate_up(pack_gate_up(weight), rows, columns), weight)
 
 
-def test_packing_runs_of_rows_one_after_another():
-    q, packed = integers(100, 200), np.full(packed_shape(100, 200), 128, np.uint8)
+def test_float16_is_packed_as_bfloat16_is():
+    weight = sixteen_bits(50, 70)
+    packed = pack_bf16(weight.view(np.float16))
+    assert packed.dtype == np.float16
+    np.testing.assert_array_equal(packed.view(np.uint16), pack_bf16(weight))
+
+
+@pytest.mark.parametrize(("make", "pack", "expected", "dtype", "zero"), PACKINGS)
+def test_packing_runs_of_rows_one_after_another(make, pack, expected, dtype, zero):
+    weight = make(100, 200)
+    packed = np.full_like(pack(weight), zero)
     for begin, end in ((0, 7), (7, 50), (50, 100)):
-        pack_int8_into(q[begin:end], packed, row=begin)
-    np.testing.assert_array_equal(packed, reference.pack_int8(q))
-    sliced = np.full(packed_shape(100, 90), 128, np.uint8)
-    pack_int8_into(q[:, 50:140], sliced)
-    np.testing.assert_array_equal(sliced, reference.pack_int8(q[:, 50:140]))
+        pack_into(weight[begin:end], packed, row=begin)
+    np.testing.assert_array_equal(packed, expected(weight))
+    sliced = np.full_like(pack(weight[:, 50:140]), zero)
+    pack_into(weight[:, 50:140], sliced)
+    np.testing.assert_array_equal(sliced, expected(weight[:, 50:140]))
 
 
 @pytest.mark.parametrize(
-    ("q", "packed", "options", "message"),
+    ("weight", "packed", "options", "message"),
     [
         (integers(4, 6).T, pack_int8(integers(6, 4)), {}, "side by side"),
-        (integers(4, 6).astype(np.int16), pack_int8(integers(4, 6)), {}, "q is int16"),
+        (
+            integers(4, 6).astype(np.int16),
+            pack_int8(integers(4, 6)),
+            {},
+            r"weight is int16 \[4, 6\], needs int8, uint16",
+        ),
+        (integers(4, 6)[0], pack_int8(integers(4, 6)), {}, r"weight is int8 \[6\], needs int8, uint16"),
+        (sixteen_bits(4, 6), pack_int8(integers(4, 6)), {}, r"writable uint16 \[1, 1, 1024\] or more"),
+        (integers(4, 6), pack_bf16(sixteen_bits(4, 6)), {}, r"writable uint8 \[1, 1, 2048\] or more"),
         (integers(4, 6), pack_int8(integers(4, 70)), {}, r"needs contiguous, writable uint8 \[1, 1, 2048\]"),
         (integers(4, 6), pack_int8(integers(4, 6)), {"row": 30}, r"uint8 \[2, 1, 2048\] or more"),
         (integers(17, 6), pack_int8(integers(17, 6)), {"half": 0}, r"uint8 \[2, 1, 2048\] or more"),
@@ -146,6 +186,6 @@ def test_packing_runs_of_rows_one_after_another():
         (integers(4, 6), pack_int8(integers(4, 6)), {"half": 1, "row": 3}, "half is 1 and row is 3"),
     ],
 )
-def test_packing_refusals(q, packed, options, message):
+def test_packing_refusals(weight, packed, options, message):
     with pytest.raises(ValueError, match=message):
-        pack_int8_into(q, packed, **options)
+        pack_into(weight, packed, **options)

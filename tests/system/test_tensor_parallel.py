@@ -125,18 +125,18 @@ def test_shards_are_slices_of_the_whole(demo, quant_type):
 
 def matrix(name: str, view: np.ndarray, network: Mixtral) -> np.ndarray:
     """A buffer as [.., rows, columns], whether it is packed or not."""
-    if view.dtype != np.uint8:
+    if view.ndim < 3:
         return view
     config, ranks = network.config, network.world_size
     hidden, inner = config.hidden_size, config.intermediate_size // ranks
     if name.endswith("w13"):
         return np.stack([reference.unpack_gate_up(expert, inner, hidden) for expert in view])
     if name.endswith("w2"):
-        return np.stack([reference.unpack_int8(expert, hidden, inner) for expert in view])
+        return np.stack([reference.unpack(expert, hidden, inner) for expert in view])
     queries, keys = (h * config.head_dim // ranks for h in (config.num_attention_heads, config.num_key_value_heads))
     shapes = {"qkv_proj": (queries + 2 * keys, hidden), "o_proj": (hidden, queries)}
     shapes["lm_head"] = (padded_vocab_share(config, ranks), hidden)
-    return reference.unpack_int8(view, *shapes[name.split(".")[-2]])
+    return reference.unpack(view, *shapes[name.split(".")[-2]])
 
 
 def reassembled(name: str, parts: list[np.ndarray], config) -> np.ndarray:

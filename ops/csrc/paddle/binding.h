@@ -88,10 +88,16 @@ inline void check_indices(const char* op, const char* name, const paddle::Tensor
     if (index[i] < 0 || index[i] >= size) fail(op, name, "[", i, "] is ", index[i], ", needs 0 to ", size - 1, ", ", what);
 }
 
-// The shape of N rows of K int8 weights in the layout of kernels/include/quantize.h.
-inline std::vector<int64_t> packed_shape(int64_t N, int64_t K) {
-  constexpr int64_t kRows = PM_INT8_TILE_ROWS, kColumns = PM_INT8_TILE_COLUMNS;
-  return {(N + kRows - 1) / kRows, (K + kColumns - 1) / kColumns, kRows * kColumns};
+// The shape of N rows of K weights of int8 (as uint8) or 16 bits in the layout of kernels/include/quantize.h.
+inline std::vector<int64_t> packed_shape(paddle::DataType dtype, int64_t N, int64_t K) {
+  constexpr int64_t kRows = PM_TILE_ROWS;
+  const int64_t columns = dtype == paddle::DataType::UINT8 ? PM_INT8_TILE_COLUMNS : PM_BF16_TILE_COLUMNS;
+  return {(N + kRows - 1) / kRows, (K + columns - 1) / columns, kRows * columns};
+}
+// Products of weights of bfloat16 take both sides as bfloat16.
+inline void check_activations(const char* op, paddle::DataType x, paddle::DataType weight) {
+  if (weight == paddle::DataType::BFLOAT16 && x != weight)
+    fail(op, "x is ", dtype_name(x), ", weights of bfloat16 need bfloat16; cast x, or give weights of float32");
 }
 inline void check_packed_columns(const char* op, int64_t K) {
   if (K > PM_INT8_LARGEST_K)

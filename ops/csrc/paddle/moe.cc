@@ -9,6 +9,8 @@ using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
+constexpr int64_t kHalfTile = PM_TILE_ROWS / 2;
+
 // Of an expert's rows of w1 above those of w3.
 int64_t half_of(const char* op, const char* name, int64_t rows) {
   if (rows % 2 != 0) pm::fail(op, name, " has ", rows, " rows an expert, needs an even number (w1 above w3)");
@@ -39,9 +41,18 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
     I = half_of(op, "w13_scale", w13_scale->shape()[1]);
     pm::check_tensor(op, "w2_scale", *w2_scale, {DataType::FLOAT32}, {E, H});
     // Half a tile of gate rows and half a tile of up rows.
-    pm::check_tensor(op, "w13", w13, {DataType::UINT8}, experts(E, pm::packed_shape((I + 15) / 16 * PM_INT8_TILE_ROWS, H)));
-    pm::check_tensor(op, "w2", w2, {DataType::UINT8}, experts(E, pm::packed_shape(H, I)));
+    pm::check_tensor(op, "w13", w13, {DataType::UINT8},
+                     experts(E, pm::packed_shape(DataType::UINT8, (I + kHalfTile - 1) / kHalfTile * PM_TILE_ROWS, H)));
+    pm::check_tensor(op, "w2", w2, {DataType::UINT8}, experts(E, pm::packed_shape(DataType::UINT8, H, I)));
     pm::check_packed_columns(op, H > I ? H : I);
+  } else if (w13.dtype() == DataType::BFLOAT16) {
+    pm::check_activations(op, x.dtype(), w13.dtype());
+    Shape w13_shape = experts(E, pm::packed_shape(DataType::BFLOAT16, 1, H));
+    w13_shape[1] = -1;
+    pm::check_tensor(op, "w13", w13, {DataType::BFLOAT16}, w13_shape);
+    // As many as the tiles hold: rows beyond the true size are zeros, of which come zeros, and w2 has as many tiles.
+    I = w13.shape()[1] * kHalfTile;
+    pm::check_tensor(op, "w2", w2, {DataType::BFLOAT16}, experts(E, pm::packed_shape(DataType::BFLOAT16, H, I)));
   } else {
     pm::check_tensor(op, "w13", w13, {DataType::FLOAT32, DataType::BFLOAT16}, {E, -1, H});
     I = half_of(op, "w13", w13.shape()[1]);

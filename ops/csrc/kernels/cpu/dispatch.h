@@ -1,7 +1,7 @@
 // One C entry point for the variants of a kernel: PM_EXPORT(name, (parameters), (arguments)) at the end of a family's file
 // defines `int pm_cpu_name(parameters)`, which calls pm::avx512::name, pm::avx2::name or pm::baseline::name, whichever
-// pm_cpu_isa() says, and counts its calls and time. avx512_vnni and amx are avx512 with a faster unit for int8, which its
-// kernels choose. Every variant's object defines its own; the baseline's object alone holds the entry point.
+// pm_cpu_isa() says, and counts its calls and time. avx512_vnni and amx are avx512 with faster units for int8 and bfloat16,
+// which its kernels choose. Every variant's object defines its own; the baseline's object alone holds the entry point.
 #ifndef PADDLE_MIXTRAL_DISPATCH_H_
 #define PADDLE_MIXTRAL_DISPATCH_H_
 
@@ -11,6 +11,7 @@
 
 namespace pm {
 enum class Isa { unknown, baseline, avx2, avx512, avx512_vnni, amx };
+bool has_bf16_unit();  // vdpbf16ps, and the variant in use is avx512_vnni or amx: one named avx512 has multiply-adds alone
 Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could not be obeyed (loading refuses that first)
 }  // namespace pm
 

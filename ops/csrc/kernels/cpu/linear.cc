@@ -1,6 +1,7 @@
 // Linear layers: include/linear.h.
 #include "../include/linear.h"
 
+#include "matmul_bf16.h"
 #include "matmul_float.h"
 #include "matmul_int8.h"
 
@@ -31,19 +32,21 @@ template <class X, class Y>
 int linear_typed(const X* x, const void* w, pm_dtype w_dtype, const float* scale, int activation_bits, Y* y, int64_t T,
                  int64_t N, int64_t K) {
   const int64_t blocks = equal_parts(T, block_tokens(K)), largest = equal_parts(T, blocks);
-  if (w_dtype == PM_I8) {
-    const FixedScratch scratch(largest, K, activation_bits);
+  const auto run = [&](const auto& scratch, auto product_of) -> int {
     if (scratch.failed()) return PM_OUT_OF_MEMORY;
-    return linear_blocks(x, scale, y, T, N, K, scratch, blocks,
-                         [&](const FixedTokens& tokens) { return FixedProduct{tokens, static_cast<const uint8_t*>(w)}; });
-  }
-  const FloatScratch scratch(largest, K);
-  if (scratch.failed()) return PM_OUT_OF_MEMORY;
-  const auto rows = [&](const auto* weight) {
-    return linear_blocks(x, scale, y, T, N, K, scratch, blocks,
-                         [&](const FloatTokens& tokens) { return FloatProduct(tokens, weight, N); });
+    return linear_blocks(x, scale, y, T, N, K, scratch, blocks, product_of);
   };
-  return w_dtype == PM_BF16 ? rows(static_cast<const bf16*>(w)) : rows(static_cast<const float*>(w));
+  const uint8_t* packed = static_cast<const uint8_t*>(w);
+  switch (w_dtype) {
+    case PM_I8:
+      return run(FixedScratch(largest, K, activation_bits),
+                 [&](const FixedTokens& tokens) { return FixedProduct{tokens, packed}; });
+    case PM_BF16:
+      return run(PairScratch(largest, K), [&](const PairTokens& tokens) { return PairProduct{tokens, packed}; });
+    default:
+      return run(FloatScratch(largest, K),
+                 [&](const FloatTokens& tokens) { return FloatProduct(tokens, static_cast<const float*>(w), N); });
+  }
 }
 
 template <class X>

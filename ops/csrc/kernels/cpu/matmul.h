@@ -1,6 +1,6 @@
 // What every product of weights with tokens shares: the cut into tasks for threads, and scratch memory.
 //
-// WEIGHTS     come in tiles of kTile rows: matmul_float.h (rows of float32 or bfloat16), matmul_int8.h (packed int8).
+// WEIGHTS     come in tiles of kTile rows: matmul_float.h (rows of float32), matmul_bf16.h and matmul_int8.h (packed).
 // TOKENS      come in blocks, cut into panels: as many tokens as a tile can be multiplied with in one go.
 // A weight is read once a block, by all the panels of a task while it is in cache.
 #ifndef PADDLE_MIXTRAL_MATMUL_H_
@@ -8,15 +8,20 @@
 
 #include <stdlib.h>
 
+#include <type_traits>
+
+#include "../include/quantize.h"
 #include "dispatch.h"
 
 namespace pm {
 namespace PM_ISA {
 namespace {
 
-constexpr int kHalfTile = 16;         // a tile is two runs of 16 rows (the gate and the up rows of one slice)
-constexpr int kTile = 2 * kHalfTile;  // rows
-constexpr int kTaskTokens = 48;       // of one task: 768 KiB of float32 at K = 4096, for the second-level cache
+constexpr int kHalfTile = 16;              // a tile is two runs of 16 rows (the gate and the up rows of one slice)
+constexpr int kTile = 2 * kHalfTile;       // rows
+constexpr int kTileBytes = PM_TILE_BYTES;  // of a packed weight: 32 rows, and as many columns as that makes
+static_assert(kTile == PM_TILE_ROWS, "packed weights have the same tiles");
+constexpr int kTaskTokens = 48;  // of one task: 768 KiB of float32 at K = 4096, for the second-level cache
 // Of a block of tokens, 8 MiB of float32: for the third-level cache, and bounds the workspace.
 constexpr int64_t kBlockElements = 1 << 21;
 constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds below which waking a thread costs more than it saves
@@ -54,6 +59,14 @@ struct Panels {
   int width(int64_t panel) const { return static_cast<int>(begin(panel + 1) - begin(panel)); }
   int64_t of(int64_t token) const { return ((token + 1) * number() - 1) / count; }
 };
+
+// kernel(width), as a constant; 1 <= width <= Widest.
+template <int Widest, class Kernel>
+inline void of_width(int width, Kernel kernel) {
+  if constexpr (Widest > 1)
+    if (width < Widest) return of_width<Widest - 1>(width, kernel);
+  kernel(std::integral_constant<int, Widest>());
+}
 
 // Converts every token of a block to what the product takes; row(t): the K elements of token t.
 template <class Tokens, class Row>

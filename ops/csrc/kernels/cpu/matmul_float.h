@@ -1,4 +1,4 @@
-// Dot products of rows of float32 or bfloat16 weights with tokens in float32.
+// Dot products of rows of float32 weights with tokens in float32.
 //
 // ORDER       one F32x16 chain a (row, token): acc = fma(w[k..k+15], x[k..k+15], acc) in increasing k from zero, the last
 //             vector filled up with zeros, then reduce_add. Blocking only chooses which chains run side by side.
@@ -50,9 +50,9 @@ struct FloatScratch {
 };
 
 // Up to R rows, each K elements after the one before, with a panel of C tokens: sums[c * kTile + r] for r < count.
-template <int R, int C, class W>
-void dots(const W* rows, int count, int64_t K, const float* panel, float* sums) {
-  const W* row[R];
+template <int R, int C>
+void dots(const float* rows, int count, int64_t K, const float* panel, float* sums) {
+  const float* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = rows + (r < count ? r : count - 1) * K;
   F32x16 acc[R][C];
@@ -71,19 +71,14 @@ void dots(const W* rows, int count, int64_t K, const float* panel, float* sums) 
       for (int r = 0; r < R; ++r) acc[r][c] = fma(w[r], token, acc[r][c]);
     }
   };
-  const auto load_full = [](const W* from) __attribute__((always_inline)) { return load(from); };
-  const int64_t full = K & ~int64_t{15};
-  constexpr int64_t kLine = 64 / sizeof(W);  // elements of a cache line
   int64_t k = 0;
-  for (; k + kLine <= full; k += kLine) {
+  for (; k + 16 <= K; k += 16) {
     // The same place of the next R rows: no prefetcher in hardware follows so many short rows.
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + k + R * K, 0, 2);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kLine; i += 16) step(k + i, load_full);
+    step(k, [](const float* from) __attribute__((always_inline)) { return load(from); });
   }
-  for (; k < full; k += 16) step(k, load_full);
-  if (k < K) step(k, [&](const W* from) { return load_partial(from, static_cast<int>(K - k)); });
+  if (k < K) step(k, [&](const float* from) { return load_partial(from, static_cast<int>(K - k)); });
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c)
 #pragma GCC unroll 8
@@ -92,8 +87,7 @@ void dots(const W* rows, int count, int64_t K, const float* panel, float* sums) 
 }
 
 // The same for any width of a panel, 1..kPanel.
-template <class W>
-void dots(const W* rows, int count, int64_t K, const float* panel, int width, float* sums) {
+inline void dots(const float* rows, int count, int64_t K, const float* panel, int width, float* sums) {
   switch (width) {
     case 1:
       return dots<kGroup, 1>(rows, count, K, panel, sums);
@@ -113,8 +107,7 @@ void dots(const W* rows, int count, int64_t K, const float* panel, int width, fl
 }
 
 // The same for twice the rows and a panel of 1..kNarrow tokens.
-template <class W>
-void narrow_dots(const W* rows, int count, int64_t K, const float* panel, int width, float* sums) {
+inline void narrow_dots(const float* rows, int count, int64_t K, const float* panel, int width, float* sums) {
   switch (width) {
     case 1:
       return dots<2 * kGroup, 1>(rows, count, K, panel, sums);
@@ -128,17 +121,16 @@ void narrow_dots(const W* rows, int count, int64_t K, const float* panel, int wi
 }
 
 // The product of N rows of K weights, or of two such runs half a tile of each at a time.
-template <class W>
 struct FloatProduct {
   const FloatTokens& tokens;
-  const W* rows[2];  // of the first and the second half of tile 0
-  int64_t N;         // rows of each run
-  int64_t step;      // rows from a half tile to the same half of the next tile
+  const float* rows[2];  // of the first and the second half of tile 0
+  int64_t N;             // rows of each run
+  int64_t step;          // rows from a half tile to the same half of the next tile
 
-  FloatProduct(const FloatTokens& tokens_, const W* w, int64_t N_)
+  FloatProduct(const FloatTokens& tokens_, const float* w, int64_t N_)
       : tokens(tokens_), rows{w, w + kHalfTile * tokens_.K}, N(N_), step(kTile) {}
   // Tile i: kHalfTile rows from each of two runs of N.
-  FloatProduct(const FloatTokens& tokens_, const W* first, const W* second, int64_t N_)
+  FloatProduct(const FloatTokens& tokens_, const float* first, const float* second, int64_t N_)
       : tokens(tokens_), rows{first, second}, N(N_), step(kHalfTile) {}
 
   // sums [tokens of panels first..last-1][kTile]; the places of rows the tile does not have hold zeros.
@@ -150,7 +142,7 @@ struct FloatProduct {
     const int at_once = narrow ? 2 * kGroup : kGroup;
     for (int half = 0; half < 2; ++half) {
       const int64_t row = i * step + (step == kTile ? half * kHalfTile : 0);
-      const W* w = rows[half] + i * step * K;
+      const float* w = rows[half] + i * step * K;
       for (int64_t r = 0; r < kHalfTile && row + r < N; r += at_once) {
         const int count = static_cast<int>(N - row - r < at_once ? N - row - r : at_once);
         for (int64_t p = first; p < last; ++p) {

@@ -12,9 +12,6 @@
 #ifndef PADDLE_MIXTRAL_MATMUL_INT8_H_
 #define PADDLE_MIXTRAL_MATMUL_INT8_H_
 
-#include <type_traits>
-
-#include "../include/quantize.h"
 #include "matmul.h"
 #include "tiles.h"
 
@@ -23,9 +20,8 @@ namespace PM_ISA {
 namespace {
 
 constexpr int kTileColumns = PM_INT8_TILE_COLUMNS;       // 64
-constexpr int kQuads = kTileColumns / 4;                 // groups of four columns, side by side for each row
-constexpr int kQuadBytes = PM_INT8_TILE_ROWS * 4;        // [32 rows][4 columns]
-constexpr int kTileBytes = kQuads * kQuadBytes;          // 2048
+constexpr int kQuads = PM_TILE_WORDS;                    // groups of four columns, side by side for each row
+constexpr int kQuadBytes = PM_TILE_ROWS * 4;             // [32 rows][4 columns]
 constexpr float kLargestQ[] = {0.0f, 127.0f, 32639.0f};  // by planes; 32639 = 127 * 256 + 127
 constexpr float kSmallestToken = 0x1p-100f;              // 32639 / it is finite
 
@@ -323,6 +319,7 @@ void madd_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float
 
 // The product of a packed weight of any number of rows: w [tiles of rows][tiles of columns][kTileBytes].
 struct FixedProduct {
+  using Tokens = FixedTokens;
   const FixedTokens& tokens;
   const uint8_t* w;
 
@@ -348,14 +345,6 @@ struct FixedProduct {
                  : of_width<kVnniPanel / 2>(width, [&](auto C) { vnni_dots<2, C>(row, tiles, panel, scale, total, sums); });
 #endif
     of_width<kMaddPanel>(width, [&](auto C) { madd_dots<C>(row, tiles, panel, scale, total, sums); });
-  }
-
-  // kernel(width), as a constant; 1 <= width <= Widest.
-  template <int Widest, class Kernel>
-  static void of_width(int width, Kernel kernel) {
-    if constexpr (Widest > 1)
-      if (width < Widest) return of_width<Widest - 1>(width, kernel);
-    kernel(std::integral_constant<int, Widest>());
   }
 };
 

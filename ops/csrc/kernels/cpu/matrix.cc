@@ -159,7 +159,7 @@ extern "C" int pm_cpu_has_matrix_unit(int unit) {
     case PM_UNIT_FLOAT32:
       return 1;
     case PM_UNIT_AVX512_BF16:
-      return isa >= pm::Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+      return pm::has_bf16_unit();
     case PM_UNIT_AVX512_VNNI:
       return isa >= pm::Isa::avx512_vnni;
     case PM_UNIT_AMX_BF16:

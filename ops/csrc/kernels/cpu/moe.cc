@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include "matmul_bf16.h"
 #include "matmul_float.h"
 #include "matmul_int8.h"
 
@@ -62,31 +63,42 @@ int route(const X* x, const float* gate, float* share, uint8_t* chosen, int64_t 
 // silu(gate) * up
 inline F32x16 swiglu(F32x16 gate, F32x16 up) { return mul(div(gate, add(set1(1.0f), exp(sub(zero(), gate)))), up); }
 
-// Experts of rows of W, and their products with a block of tokens.
-template <class W>
+// Experts of rows of float32, and their products with a block of tokens.
 struct FloatExperts {
-  const W *w13, *w2;
+  const float *w13, *w2;
   int64_t H, I;
   FloatScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
-  FloatProduct<W> gate_up(int64_t e, const FloatTokens& x) const {
-    const W* gate = w13 + e * 2 * I * H;
+  FloatProduct gate_up(int64_t e, const FloatTokens& x) const {
+    const float* gate = w13 + e * 2 * I * H;
     return {x, gate, gate + I * H, I};
   }
-  FloatProduct<W> down(int64_t e, const FloatTokens& h) const { return {h, w2 + e * H * I, H}; }
+  FloatProduct down(int64_t e, const FloatTokens& h) const { return {h, w2 + e * H * I, H}; }
 };
 
-// Experts of packed int8: the two halves of a tile of w13 hold gate and up rows.
-struct FixedExperts {
+// Packed experts: the two halves of a tile of w13 hold gate and up rows.
+template <class Product>
+struct PackedExperts {
+  using Tokens = typename Product::Tokens;
   const uint8_t *w13, *w2;
   int64_t H, I;
+  PackedExperts(const void* w13_, const void* w2_, int64_t H_, int64_t I_)
+      : w13(static_cast<const uint8_t*>(w13_)), w2(static_cast<const uint8_t*>(w2_)), H(H_), I(I_) {}
+  Product gate_up(int64_t e, const Tokens& x) const {
+    return {x, w13 + e * equal_parts(I, kHalfTile) * Tokens::tiles_of(H) * kTileBytes};
+  }
+  Product down(int64_t e, const Tokens& h) const {
+    return {h, w2 + e * equal_parts(H, kTile) * Tokens::tiles_of(I) * kTileBytes};
+  }
+};
+struct PairExperts : PackedExperts<PairProduct> {
+  using PackedExperts::PackedExperts;
+  PairScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
+};
+struct FixedExperts : PackedExperts<FixedProduct> {
   int activation_bits;
+  FixedExperts(const void* w13, const void* w2, int64_t H, int64_t I, int bits)
+      : PackedExperts(w13, w2, H, I), activation_bits(bits) {}
   FixedScratch scratch(int64_t count, int64_t K) const { return {count, K, activation_bits}; }
-  FixedProduct gate_up(int64_t e, const FixedTokens& x) const {
-    return {x, w13 + e * equal_parts(I, kHalfTile) * FixedTokens::tiles_of(H) * kTileBytes};
-  }
-  FixedProduct down(int64_t e, const FixedTokens& h) const {
-    return {h, w2 + e * equal_parts(H, kTile) * FixedTokens::tiles_of(I) * kTileBytes};
-  }
 };
 
 template <class X, class Experts>
@@ -153,11 +165,11 @@ int fused_moe_typed(const X* x, const float* gate, const void* w13, const void* 
   };
   switch (w_dtype) {
     case PM_I8:
-      return run(FixedExperts{static_cast<const uint8_t*>(w13), static_cast<const uint8_t*>(w2), H, I, activation_bits});
+      return run(FixedExperts(w13, w2, H, I, activation_bits));
     case PM_BF16:
-      return run(FloatExperts<bf16>{static_cast<const bf16*>(w13), static_cast<const bf16*>(w2), H, I});
+      return run(PairExperts(w13, w2, H, I));
     default:
-      return run(FloatExperts<float>{static_cast<const float*>(w13), static_cast<const float*>(w2), H, I});
+      return run(FloatExperts{static_cast<const float*>(w13), static_cast<const float*>(w2), H, I});
   }
 }
 

@@ -76,6 +76,25 @@ void quantize_rows(const W* w, int64_t w_stride, int8_t* q, float* scale, int64_
   for (int64_t n = 0; n < N; ++n) quantize_row(w + n * w_stride, q + n * K, scale + n, K);
 }
 
+// stored(w): an element as the tile holds it.
+template <class W, class Stored>
+void pack_rows(const W* w, int64_t w_stride, uint8_t* packed, int64_t first, int64_t step, int64_t N, int64_t K,
+               Stored stored) {
+  constexpr int64_t kInWord = 4 / sizeof(W), kColumns = PM_TILE_WORDS * kInWord;
+  const int64_t tiles = equal_parts(K, kColumns), runs = equal_parts(N, 16);
+#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (N * K > kWorthThreads)
+  for (int64_t run = 0; run < runs; ++run)
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t n = run * 16; n < N && n < (run + 1) * 16; ++n) {
+        const int64_t row = first + run * step * 16 + n % 16;
+        uint8_t* to = packed + (row / kTile * tiles + tile) * PM_TILE_BYTES + row % kTile * 4;
+        for (int64_t k = tile * kColumns; k < K && k < (tile + 1) * kColumns; ++k) {
+          const auto element = stored(w[n * w_stride + k]);
+          memcpy(to + k % kColumns / kInWord * (kTile * 4) + k % kInWord * sizeof(W), &element, sizeof(W));
+        }
+      }
+}
+
 }  // namespace
 
 int quantize_int8(const void* w, pm_dtype w_dtype, int64_t w_stride, int8_t* q, float* scale, int64_t N, int64_t K, void*) {
@@ -92,18 +111,14 @@ int quantize_int8(const void* w, pm_dtype w_dtype, int64_t w_stride, int8_t* q, 
   return PM_OK;
 }
 
-int pack_int8(const int8_t* q, int64_t q_stride, uint8_t* packed, int64_t first, int64_t step, int64_t N, int64_t K, void*) {
-  constexpr int64_t kColumns = PM_INT8_TILE_COLUMNS, kBytes = PM_INT8_TILE_ROWS * kColumns;
-  const int64_t tiles = equal_parts(K, kColumns), runs = equal_parts(N, 16);
-#pragma omp parallel for num_threads(pm_num_threads()) schedule(static) if (N * K > kWorthThreads)
-  for (int64_t run = 0; run < runs; ++run)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t n = run * 16; n < N && n < (run + 1) * 16; ++n) {
-        const int64_t row = first + run * step * 16 + n % 16;
-        uint8_t* to = packed + (row / kTile * tiles + tile) * kBytes + row % kTile * 4;
-        for (int64_t k = tile * kColumns; k < K && k < (tile + 1) * kColumns; ++k)
-          to[k % kColumns / 4 * (kTile * 4) + k % 4] = static_cast<uint8_t>(q[n * q_stride + k] + PM_INT8_ZERO);
-      }
+int pack(const void* w, pm_dtype w_dtype, int64_t w_stride, void* packed, int64_t first, int64_t step, int64_t N, int64_t K,
+         void*) {
+  uint8_t* to = static_cast<uint8_t*>(packed);
+  if (w_dtype == PM_I8)
+    pack_rows(static_cast<const int8_t*>(w), w_stride, to, first, step, N, K,
+              [](int8_t q) { return static_cast<uint8_t>(q + PM_INT8_ZERO); });
+  else
+    pack_rows(static_cast<const uint16_t*>(w), w_stride, to, first, step, N, K, [](uint16_t bits) { return bits; });
   return PM_OK;
 }
 
@@ -113,7 +128,7 @@ int pack_int8(const int8_t* q, int64_t q_stride, uint8_t* packed, int64_t first,
 PM_EXPORT(quantize_int8,
           (const void* w, pm_dtype w_dtype, int64_t w_stride, int8_t* q, float* scale, int64_t N, int64_t K, void* stream),
           (w, w_dtype, w_stride, q, scale, N, K, stream))
-PM_EXPORT(pack_int8,
-          (const int8_t* q, int64_t q_stride, uint8_t* packed, int64_t first, int64_t step, int64_t N, int64_t K,
-           void* stream),
-          (q, q_stride, packed, first, step, N, K, stream))
+PM_EXPORT(pack,
+          (const void* w, pm_dtype w_dtype, int64_t w_stride, void* packed, int64_t first, int64_t step, int64_t N,
+           int64_t K, void* stream),
+          (w, w_dtype, w_stride, packed, first, step, N, K, stream))

@@ -59,6 +59,12 @@ static inline F32x16 load(const bf16* p) {
   const __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
 }
+// Of sixteen pairs, the elements p[0], p[2], ...
+static inline F32x16 load_even(const bf16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+// The elements p[1], p[3], ...
+static inline F32x16 load_odd(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)))};
+}
 static inline F32x16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -101,6 +107,17 @@ static inline F32x16 load(const bf16* p) {
   const __m128i* u = reinterpret_cast<const __m128i*>(p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(u)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(u + 1)), 16))};
+}
+static inline F32x16 load_even(const bf16* p) {
+  const __m256i* u = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(u), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(u + 1), 16))};
+}
+static inline F32x16 load_odd(const bf16* p) {
+  const __m256i* u = reinterpret_cast<const __m256i*>(p);
+  const __m256i high = _mm256_set1_epi32(-65536);
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(u), high)),
+          _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(u + 1), high))};
 }
 static inline F32x16 load(const int8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -160,6 +177,16 @@ template <class T>
 static inline F32x16 load(const T* p) {
   F32x16 r;
   PM_LANES r.v[i] = to_float(p[i]);
+  return r;
+}
+static inline F32x16 load_even(const bf16* p) {
+  F32x16 r;
+  PM_LANES r.v[i] = to_float(p[2 * i]);
+  return r;
+}
+static inline F32x16 load_odd(const bf16* p) {
+  F32x16 r;
+  PM_LANES r.v[i] = to_float(p[2 * i + 1]);
   return r;
 }
 static inline void store(float* p, F32x16 a) { memcpy(p, a.v, sizeof a.v); }

@@ -13,13 +13,13 @@ extern "C" {
 #endif
 
 // Raised whenever an operator's inputs, outputs, attributes or meaning change. Exported programs record it.
-#define PM_OPS_ABI_VERSION 4
+#define PM_OPS_ABI_VERSION 5
 
 typedef enum {
   PM_F32 = 0,
   PM_BF16 = 1,
   PM_F16 = 2,
-  PM_I8 = 3,  // of a weight: packed as quantize.h says
+  PM_I8 = 3,  // only of weights
 } pm_dtype;
 
 typedef enum {

@@ -2,8 +2,8 @@
 //
 // SHAPES      x [T, H] in x_dtype (PM_F32, PM_BF16); gate [E, H] float32
 //             w13 [E, 2I, H]: rows 0..I-1 are w1 (gate projection), rows I..2I-1 are w3 (up projection)
-//             w2 [E, H, I]; both in w_dtype: PM_F32 or PM_BF16 row-major, or PM_I8, each expert as quantize.h packs it,
-//             w13 with gate rows 16i..16i+15 and up rows 16i..16i+15 as the halves of tile i; H, I <= 65,536
+//             w2 [E, H, I]; both in w_dtype: PM_F32 row-major, or PM_BF16 or PM_I8, each expert as quantize.h packs it,
+//             w13 with gate rows 16i..16i+15 and up rows 16i..16i+15 as the halves of tile i; H, I <= 65,536 for PM_I8
 //             w13_scale [E, 2I], w2_scale [E, H] float32 for PM_I8, else NULL; activation_bits 16 or 8 for PM_I8, else
 //             without meaning
 //             y [T, H] float32
@@ -11,7 +11,8 @@
 //             their p renormalised to sum 1; for each chosen expert e:
 //             h = silu(w13_scale * (w1 x)) * (w13_scale * (w3 x)) in float32;   y = sum over chosen e, in increasing
 //             expert index, of p_e * (w2_scale * (w2 h))
-//             With PM_I8 x and h are rounded to fixed point of activation_bits before each product, as linear.h says.
+//             What enters a product with w13 or w2, x or h, is first rounded as linear.h says: to bfloat16 with PM_BF16
+//             weights, to fixed point of activation_bits with PM_I8.
 // ORDER       every product as linear.h says; y[t] never depends on the other tokens, threads or instruction set.
 // SOURCE      Jiang et al., Mixtral of Experts, arXiv:2401.04088
 // REGULARITIES T = 1..64 in decode, thousands in prefill; E = 8, top_k = 2; experts unevenly loaded, some not at all
