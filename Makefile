@@ -9,7 +9,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-SOURCES := $(wildcard ops/csrc/*/*.cc ops/csrc/*/*.h ops/csrc/kernels/*/*.cc ops/csrc/kernels/*/*.h)
+SOURCES := $(wildcard ops/csrc/*/*.cc ops/csrc/*/*.h $(foreach kind,cc h cu cuh,ops/csrc/kernels/*/*.$(kind)))
 DEMO := build/demo
 
 .PHONY: demo test lint bench-peers bench-serving setup clean
@@ -22,7 +22,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Built in isolation, as the README says: some dependencies of paddlenlp can only be built so.
-$(READY): $(BIN)/python pyproject.toml setup.py $(SOURCES)
+$(READY): $(BIN)/python pyproject.toml setup.py cuda_flags.py $(SOURCES)
 	PADDLE_MIXTRAL_WERROR=1 $(BIN)/pip install -q -e ".[test,lint]"
 	@touch $@
 
@@ -56,4 +56,4 @@ bench-serving: $(READY)
 	$(BIN)/python -m tests.benchmarks.serving $(SERVING)
 
 clean:
-	rm -rf build log .venv ops/*.so *.egg-info
+	rm -rf build log .venv ops/*.so ops/device *.egg-info

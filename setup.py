@@ -1,9 +1,14 @@
-"""Builds the operators: kernels once per instruction set, bindings once, all into ops/libpaddle_mixtral.so."""
+"""Builds the operators: kernels once per instruction set and for GPUs, bindings once, all into ops/libpaddle_mixtral.so.
+
+Where nvcc is found also ops/device/libpm_cuda.so, with which the Paddle for CPUs drives a GPU. No GPU is needed to build.
+"""
 
 import importlib.metadata
+import logging
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +16,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip leaves it out
+import cuda_flags  # noqa: E402
+
+INCLUDE = ROOT / "ops" / "csrc" / "kernels" / "include"
 CPU_KERNELS = ROOT / "ops" / "csrc" / "kernels" / "cpu"
+CUDA_KERNELS = ROOT / "ops" / "csrc" / "kernels" / "cuda"
+DEVICE = ROOT / "ops" / "csrc" / "device"
 BINDINGS = ROOT / "ops" / "csrc" / "paddle"
 
 # The vector kernels are compiled once for each; the others (no F32x16 in them) for the baseline alone.
@@ -24,9 +35,10 @@ BASELINE_ONLY = {"runtime.cc", "collective.cc", "counters.cc"}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 # gcc 12's own AVX-512 headers trip -Wmaybe-uninitialized. Warnings are errors where we build (the Makefile sets the
 # variable), not on a user's machine with a compiler we have not seen.
-KERNEL_FLAGS = [*COMMON_FLAGS, "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+WARNING_FLAGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 if os.environ.get("PADDLE_MIXTRAL_WERROR"):
-    KERNEL_FLAGS.append("-Werror")
+    WARNING_FLAGS.append("-Werror")
+KERNEL_FLAGS = [*COMMON_FLAGS, *WARNING_FLAGS]
 # Paddle's own headers do not compile without warnings, so the bindings cannot ask for -Werror.
 BINDING_FLAGS = [*COMMON_FLAGS, "-w", "-DPADDLE_WITH_CUSTOM_KERNEL", "-DPADDLE_NO_PYTHON"]
 
@@ -55,6 +67,10 @@ def paddle_requirement() -> list[str]:
     return [] if "paddlepaddle-gpu" in installed else ["paddlepaddle==3.3.1"]
 
 
+NO_CUDA = cuda_flags.Toolkit("", [], [])
+Job = tuple[str, Path, Path, list[str]]  # compiler, source, folder of the object, flags
+
+
 class BuildOperators(build_ext):
     """Compiles each source under its own flags and links one shared library that Paddle loads."""
 
@@ -64,34 +80,66 @@ class BuildOperators(build_ext):
     def build_extension(self, extension: Extension) -> None:
         import paddle
 
+        toolkit = cuda_flags.find_toolkit()
+        try:
+            archs = cuda_flags.wanted_archs(toolkit is not None)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        if archs:
+            self.announce(f"CUDA kernels for {', '.join(f'sm_{a}' for a in archs)} by {toolkit.nvcc}", logging.WARN)
+        else:
+            why = "there is no nvcc" if toolkit is None else f"{cuda_flags.ARCHS_VARIABLE} is empty"
+            self.announce(f"no CUDA kernels: {why}", logging.WARN)
         include = paddle.sysconfig.get_include()
-        libraries = [paddle.sysconfig.get_lib(), str(Path(paddle.__file__).parent / "base")]
-        jobs = []
-        for source in sorted(BINDINGS.glob("*.cc")):
-            jobs.append((source, Path("paddle"), [*BINDING_FLAGS, f"-I{include}", f"-I{include}/third_party"]))
-        for source in sorted(CPU_KERNELS.glob("*.cc")):
-            variants = {"baseline": []} if source.name in BASELINE_ONLY else ISA_FLAGS
-            jobs += [(source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags]) for isa, flags in variants.items()]
+        headers = [f"-isystem{folder}" for folder in [include, f"{include}/third_party", *(toolkit or NO_CUDA).include]]
+        # nvcc takes longest, so its files come first.
+        jobs = [*self._cuda_jobs(toolkit, archs), *self._cpu_jobs()]
+        # Of a Paddle for GPUs the headers include CUDA's; the one for CPUs drives them as CustomDevices.
+        paddle_is = "-DPADDLE_WITH_CUDA" if paddle.is_compiled_with_cuda() else "-DPADDLE_WITH_CUSTOM_DEVICE"
+        flags = [*BINDING_FLAGS, paddle_is, *headers]
+        jobs += [("g++", source, Path("paddle"), flags) for source in sorted(BINDINGS.glob("*.cc"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        cuda_runtime = []
+        if archs:
+            # Linked in and its names hidden: the library loads where there is no CUDA, and beside another one.
+            folders = [f"-L{folder}" for folder in toolkit.libraries]
+            cuda_runtime = ["-Wl,--exclude-libs,ALL", *folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+        libraries = [f"-L{paddle.sysconfig.get_lib()}", f"-L{Path(paddle.__file__).parent / 'base'}", "-l:libpaddle.so"]
         self.compiler.link_shared_object(
-            objects,
-            str(target),
-            extra_postargs=["-fopenmp", "-lrt", *[f"-L{p}" for p in libraries], "-l:libpaddle.so"],
-            target_lang="c++",
+            objects, str(target), extra_postargs=["-fopenmp", *cuda_runtime, "-lrt", *libraries], target_lang="c++"
         )
+        runtime = target.parent / "device" / "libpm_cuda.so"
+        runtime.unlink(missing_ok=True)  # of an earlier build
+        if archs:
+            runtime.parent.mkdir(exist_ok=True)
+            flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *WARNING_FLAGS, *headers]
+            sources = [str(DEVICE / name) for name in ("plugin.cc", "cuda.cc")]
+            self.spawn(["g++", *flags, *sources, *cuda_runtime, "-o", str(runtime)])
 
-    def _compile(self, source: Path, folder: Path, flags: list[str]) -> str:
+    def _cpu_jobs(self) -> Iterator[Job]:
+        for source in sorted(CPU_KERNELS.glob("*.cc")):
+            for isa, flags in ({"baseline": []} if source.name in BASELINE_ONLY else ISA_FLAGS).items():
+                yield "g++", source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags]
+
+    def _cuda_jobs(self, toolkit: cuda_flags.Toolkit | None, archs: list[str]) -> Iterator[Job]:
+        flags = [*cuda_flags.NVCC_FLAGS, *cuda_flags.gencode(archs)]
+        if os.environ.get("PADDLE_MIXTRAL_WERROR"):
+            flags += cuda_flags.WARNINGS_ARE_ERRORS
+        for source in sorted(CUDA_KERNELS.glob("*.cu")) if archs else ():
+            yield toolkit.nvcc, source, Path("kernels") / "cuda" / "-".join(archs), flags
+
+    def _compile(self, compiler: str, source: Path, folder: Path, flags: list[str]) -> str:
         """Compiles one file into its own folder, unless the object is newer than the source and every header it may
         include: those beside it and the C ABI's."""
         target = Path(self.build_temp) / folder / f"{source.stem}.o"
-        headers = [*source.parent.glob("*.h"), *(CPU_KERNELS.parent / "include").glob("*.h")]
-        newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", *headers])
+        headers = [*source.parent.glob("*.h"), *source.parent.glob("*.cuh"), *INCLUDE.glob("*.h")]
+        newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", ROOT / "cuda_flags.py", *headers])
         if not target.exists() or target.stat().st_mtime <= newest:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn(["g++", *flags, "-c", str(source), "-o", str(target)])
+            self.spawn([compiler, *flags, "-c", str(source), "-o", str(target)])
         return str(target)
 
 

@@ -4,7 +4,7 @@
 #include <charconv>
 #include <cmath>
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -57,7 +57,13 @@ std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tenso
     pm::fail(kOp, "rope_theta is ", rope_theta, ", needs a positive number");
   if (sliding_window < 0)
     pm::fail(kOp, "sliding_window is ", sliding_window, ", needs a number of positions, or 0 for none");
-  pm::check_tensor(kOp, "key_cache", key_cache, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, num_kv_heads, -1, -1});
+  const pm::Target at = pm::target(kOp, {{"qkv", qkv},
+                                         {"key_cache", key_cache},
+                                         {"value_cache", value_cache},
+                                         {"cu_seqlens", cu_seqlens},
+                                         {"context_lens", context_lens},
+                                         {"block_tables", block_tables}});
+  pm::check_tensor(kOp, "key_cache", key_cache, at.activations(), {-1, num_kv_heads, -1, -1});
   const Shape cache = key_cache.shape();
   const int64_t num_blocks = cache[0], block_size = cache[2], D = cache[3];
   pm::check_tensor(kOp, "value_cache", value_cache, {key_cache.dtype()}, cache);
@@ -69,15 +75,25 @@ std::vector<Tensor> append_attention(const Tensor& qkv, Tensor& key_cache, Tenso
   pm::check_tensor(kOp, "cu_seqlens", cu_seqlens, {DataType::INT32}, {B + 1});
   pm::check_tensor(kOp, "block_tables", block_tables, {DataType::INT32}, {B, -1});
   const int64_t M = block_tables.shape()[1];
-  check_sequences(cu_seqlens.data<int32_t>(), context_lens.data<int32_t>(), block_tables.data<int32_t>(), T, B, M,
-                  num_blocks, block_size, sliding_window);
-
+  const int32_t *seqlens = cu_seqlens.data<int32_t>(), *contexts = context_lens.data<int32_t>();
+  const int32_t* tables = block_tables.data<int32_t>();
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D)));
   Tensor out = paddle::empty({T, num_heads * D}, qkv.dtype(), qkv.place());
-  pm::check_status(
-      kOp, pm_cpu_append_attention(qkv.data(), pm::abi_dtype(qkv.dtype()), key_cache.data(), value_cache.data(),
-                                   cu_seqlens.data<int32_t>(), context_lens.data<int32_t>(), block_tables.data<int32_t>(),
-                                   out.data(), T, B, M, num_heads, num_kv_heads, D, block_size, rope_theta, sliding_window,
-                                   static_cast<float>(1.0 / std::sqrt(static_cast<double>(D))), nullptr));
+  const pm_dtype dtype = pm::abi_dtype(qkv.dtype());
+  if (at.device) {
+    Tensor workspace =
+        pm::workspace(at.device->append_attention_workspace(T, B, M, num_heads, num_kv_heads, D, block_size), qkv.place());
+    pm::check_status(kOp,
+                     at.device->append_attention(qkv.data(), dtype, key_cache.data(), value_cache.data(), seqlens, contexts,
+                                                 tables, out.data(), T, B, M, num_heads, num_kv_heads, D, block_size,
+                                                 rope_theta, sliding_window, scale, workspace.data(), at.stream),
+                     at);
+  } else {
+    check_sequences(seqlens, contexts, tables, T, B, M, num_blocks, block_size, sliding_window);
+    pm::check_status(kOp, pm_cpu_append_attention(qkv.data(), dtype, key_cache.data(), value_cache.data(), seqlens, contexts,
+                                                  tables, out.data(), T, B, M, num_heads, num_kv_heads, D, block_size,
+                                                  rope_theta, sliding_window, scale, nullptr));
+  }
   return {out};
 }
 

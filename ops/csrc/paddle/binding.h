@@ -2,6 +2,7 @@
 #ifndef PADDLE_MIXTRAL_BINDING_H_
 #define PADDLE_MIXTRAL_BINDING_H_
 
+#include <algorithm>
 #include <cstdio>
 #include <sstream>
 #include <string>
@@ -50,6 +51,17 @@ inline const char* dtype_name(paddle::DataType dtype) {
   }
 }
 
+inline bool contains(const std::vector<paddle::DataType>& dtypes, paddle::DataType dtype) {
+  return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
+}
+
+// "float32 or bfloat16"
+inline std::string dtype_names(const std::vector<paddle::DataType>& dtypes) {
+  std::string names;
+  for (auto dtype : dtypes) names += std::string(names.empty() ? "" : " or ") + dtype_name(dtype);
+  return names;
+}
+
 inline pm_dtype abi_dtype(paddle::DataType dtype) {
   switch (dtype) {
     case paddle::DataType::BFLOAT16:
@@ -63,25 +75,17 @@ inline pm_dtype abi_dtype(paddle::DataType dtype) {
   }
 }
 
-// Refuses a tensor that is not on the CPU, not of one of `dtypes`, or not of `shape` (-1: any size).
+// Refuses a tensor that is not of one of `dtypes`, or not of `shape` (-1: any size).
 inline void check_tensor(const char* op, const char* name, const paddle::Tensor& x,
                          const std::vector<paddle::DataType>& dtypes, const std::vector<int64_t>& shape) {
-  if (x.place().GetType() != phi::AllocationType::CPU)
-    fail(op, name, " is on ", x.place().DebugString(), ", but this build has kernels for the CPU only; move it with .cpu()");
-  bool known = false;
-  std::string wanted;
-  for (auto dtype : dtypes) {
-    known = known || x.dtype() == dtype;
-    wanted += std::string(wanted.empty() ? "" : " or ") + dtype_name(dtype);
-  }
-  if (!known) fail(op, name, " is ", dtype_name(x.dtype()), ", needs ", wanted);
+  if (!contains(dtypes, x.dtype())) fail(op, name, " is ", dtype_name(x.dtype()), ", needs ", dtype_names(dtypes));
   const std::vector<int64_t> found = x.shape();
   bool fits = found.size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == found[i];
   if (!fits) fail(op, name, " has shape ", shape_text(found), ", needs ", shape_text(shape), " (-1: any size)");
 }
 
-// Refuses an int32 tensor with an element outside 0 .. size - 1; `what` says what it counts.
+// Refuses an int32 tensor on the CPU with an element outside 0 .. size - 1; `what` says what it counts.
 inline void check_indices(const char* op, const char* name, const paddle::Tensor& x, int64_t size, const char* what) {
   const int32_t* index = x.data<int32_t>();
   for (int64_t i = 0; i < x.numel(); ++i)
@@ -95,9 +99,13 @@ inline std::vector<int64_t> packed_shape(paddle::DataType dtype, int64_t N, int6
   return {(N + kRows - 1) / kRows, (K + columns - 1) / columns, kRows * columns};
 }
 // Products of weights of bfloat16 take both sides as bfloat16.
+inline bool is_16_bits(paddle::DataType dtype) {
+  return dtype == paddle::DataType::BFLOAT16 || dtype == paddle::DataType::FLOAT16;
+}
 inline void check_activations(const char* op, paddle::DataType x, paddle::DataType weight) {
-  if (weight == paddle::DataType::BFLOAT16 && x != weight)
-    fail(op, "x is ", dtype_name(x), ", weights of bfloat16 need bfloat16; cast x, or give weights of float32");
+  const char* name = dtype_name(weight);
+  if (is_16_bits(weight) && x != weight)
+    fail(op, "x is ", dtype_name(x), ", weights of ", name, " need ", name, "; cast x, or give weights of float32");
 }
 inline void check_packed_columns(const char* op, int64_t K) {
   if (K > PM_INT8_LARGEST_K)
@@ -129,10 +137,12 @@ inline void check_status(const char* op, int status) {
   }
 }
 
+// The element type that the attribute out_dtype names.
 inline paddle::DataType float_dtype(const char* op, const std::string& name) {
   if (name == "float32") return paddle::DataType::FLOAT32;
   if (name == "bfloat16") return paddle::DataType::BFLOAT16;
-  fail(op, "out_dtype is '", name, "', needs float32 or bfloat16");
+  if (name == "float16") return paddle::DataType::FLOAT16;
+  fail(op, "out_dtype is '", name, "', needs float32 or bfloat16 or float16");
 }
 
 }  // namespace pm

@@ -1,7 +1,7 @@
 // pm_all_reduce and pm_all_gather: checks and allocation around kernels/include/collective.h.
 #include "../kernels/include/collective.h"
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -17,9 +17,11 @@ void check_world(const char* op, int world_size) {
 
 std::vector<Tensor> all_reduce(const Tensor& x, int world_size) {
   check_world("all_reduce", world_size);
+  const pm::Target at = pm::target("all_reduce", {{"x", x}});
   pm::check_tensor("all_reduce", "x", x, {DataType::FLOAT32}, Shape(x.shape().size(), -1));
   Tensor y = paddle::empty(x.shape(), DataType::FLOAT32, x.place());
-  pm::check_status("all_reduce", pm_cpu_all_reduce(x.data<float>(), y.data<float>(), x.numel(), nullptr));
+  const auto reduce = at.device ? at.device->all_reduce : pm_cpu_all_reduce;
+  pm::check_status("all_reduce", reduce(x.data<float>(), y.data<float>(), x.numel(), at.stream), at);
   return {y};
 }
 std::vector<Shape> all_reduce_shape(const Shape& x) { return {x}; }
@@ -27,10 +29,12 @@ std::vector<DataType> all_reduce_dtype(const DataType&) { return {DataType::FLOA
 
 std::vector<Tensor> all_gather(const Tensor& x, int world_size) {
   check_world("all_gather", world_size);
+  const pm::Target at = pm::target("all_gather", {{"x", x}});
   pm::check_tensor("all_gather", "x", x, {DataType::FLOAT32}, {-1, -1});
   const int64_t rows = x.shape()[0], cols = x.shape()[1];
   Tensor y = paddle::empty({rows, world_size * cols}, DataType::FLOAT32, x.place());
-  pm::check_status("all_gather", pm_cpu_all_gather(x.data<float>(), y.data<float>(), rows, cols, nullptr));
+  const auto gather = at.device ? at.device->all_gather : pm_cpu_all_gather;
+  pm::check_status("all_gather", gather(x.data<float>(), y.data<float>(), rows, cols, at.stream), at);
   return {y};
 }
 std::vector<Shape> all_gather_shape(const Shape& x, int world_size) {

@@ -1,7 +1,7 @@
 // pm_linear: checks and allocation around kernels/include/linear.h.
 #include "../kernels/include/linear.h"
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -12,7 +12,8 @@ using Shape = std::vector<int64_t>;
 std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale, int out_features,
                            const std::string& out_dtype, int activation_bits) {
   const char* op = scale ? "weight_only_linear" : "linear";
-  pm::check_tensor(op, "x", x, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, -1});
+  const pm::Target at = pm::target(op, {{"x", x}, {"weight", weight}, {"scale", scale}});
+  pm::check_tensor(op, "x", x, at.activations(), {-1, -1});
   const int64_t T = x.shape()[0], K = x.shape()[1];
   const int64_t N = out_features;  // a packed weight may have more rows, of zeros
   if (T < 1 || N < 1 || K < 1) pm::fail(op, "needs T, N and K >= 1, found T = ", T, ", N = ", N, ", K = ", K);
@@ -20,17 +21,27 @@ std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::
     pm::check_tensor(op, "scale", *scale, {DataType::FLOAT32}, {N});
     pm::check_tensor(op, "weight", weight, {DataType::UINT8}, pm::packed_shape(DataType::UINT8, N, K));
     pm::check_packed_columns(op, K);
-  } else if (weight.dtype() == DataType::BFLOAT16) {
+  } else if (pm::is_16_bits(weight.dtype())) {
     pm::check_activations(op, x.dtype(), weight.dtype());
-    pm::check_tensor(op, "weight", weight, {DataType::BFLOAT16}, pm::packed_shape(DataType::BFLOAT16, N, K));
+    pm::check_tensor(op, "weight", weight, {x.dtype()}, pm::packed_shape(x.dtype(), N, K));
   } else {
-    pm::check_tensor(op, "weight", weight, {DataType::FLOAT32, DataType::BFLOAT16}, {N, K});
+    pm::check_tensor(op, "weight", weight, at.unpacked_weights(x.dtype()), {N, K});
   }
   pm::check_activation_bits(op, activation_bits, static_cast<bool>(scale));
-  Tensor y = paddle::empty({T, N}, pm::float_dtype(op, out_dtype), x.place());
-  pm::check_status(op, pm_cpu_linear(x.data(), pm::abi_dtype(x.dtype()), weight.data(), pm::abi_dtype(weight.dtype()),
-                                     scale ? scale->data<float>() : nullptr, activation_bits, y.data(),
-                                     pm::abi_dtype(y.dtype()), T, N, K, nullptr));
+  Tensor y = paddle::empty({T, N}, pm::out_dtype(op, out_dtype, at.results()), x.place());
+  const pm_dtype x_dtype = pm::abi_dtype(x.dtype()), w_dtype = pm::abi_dtype(weight.dtype());
+  const pm_dtype y_dtype = pm::abi_dtype(y.dtype());
+  const float* scales = scale ? scale->data<float>() : nullptr;
+  if (at.device) {
+    Tensor workspace = pm::workspace(at.device->linear_workspace(w_dtype, T, N, K), x.place());
+    pm::check_status(op,
+                     at.device->linear(x.data(), x_dtype, weight.data(), w_dtype, scales, activation_bits, y.data(), y_dtype,
+                                       T, N, K, workspace.data(), at.stream),
+                     at);
+  } else {
+    pm::check_status(op, pm_cpu_linear(x.data(), x_dtype, weight.data(), w_dtype, scales, activation_bits, y.data(), y_dtype,
+                                       T, N, K, nullptr));
+  }
   return {y};
 }
 std::vector<Shape> linear_shape(const Shape& x, const Shape&, const paddle::optional<Shape>&, int out_features,

@@ -1,7 +1,7 @@
 // pm_fused_moe: checks and allocation around kernels/include/moe.h.
 #include "../kernels/include/moe.h"
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -25,7 +25,9 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
                               const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale, int top_k,
                               int activation_bits) {
   const char* op = "fused_moe";
-  pm::check_tensor(op, "x", x, {DataType::FLOAT32, DataType::BFLOAT16}, {-1, -1});
+  const pm::Target at =
+      pm::target(op, {{"x", x}, {"gate", gate}, {"w13", w13}, {"w2", w2}, {"w13_scale", w13_scale}, {"w2_scale", w2_scale}});
+  pm::check_tensor(op, "x", x, at.activations(), {-1, -1});
   const int64_t T = x.shape()[0], H = x.shape()[1];
   pm::check_tensor(op, "gate", gate, {DataType::FLOAT32}, {-1, H});
   const int64_t E = gate.shape()[0];
@@ -45,16 +47,16 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
                      experts(E, pm::packed_shape(DataType::UINT8, (I + kHalfTile - 1) / kHalfTile * PM_TILE_ROWS, H)));
     pm::check_tensor(op, "w2", w2, {DataType::UINT8}, experts(E, pm::packed_shape(DataType::UINT8, H, I)));
     pm::check_packed_columns(op, H > I ? H : I);
-  } else if (w13.dtype() == DataType::BFLOAT16) {
+  } else if (pm::is_16_bits(w13.dtype())) {
     pm::check_activations(op, x.dtype(), w13.dtype());
-    Shape w13_shape = experts(E, pm::packed_shape(DataType::BFLOAT16, 1, H));
+    Shape w13_shape = experts(E, pm::packed_shape(x.dtype(), 1, H));
     w13_shape[1] = -1;
-    pm::check_tensor(op, "w13", w13, {DataType::BFLOAT16}, w13_shape);
+    pm::check_tensor(op, "w13", w13, {x.dtype()}, w13_shape);
     // As many as the tiles hold: rows beyond the true size are zeros, of which come zeros, and w2 has as many tiles.
     I = w13.shape()[1] * kHalfTile;
-    pm::check_tensor(op, "w2", w2, {DataType::BFLOAT16}, experts(E, pm::packed_shape(DataType::BFLOAT16, H, I)));
+    pm::check_tensor(op, "w2", w2, {x.dtype()}, experts(E, pm::packed_shape(x.dtype(), H, I)));
   } else {
-    pm::check_tensor(op, "w13", w13, {DataType::FLOAT32, DataType::BFLOAT16}, {E, -1, H});
+    pm::check_tensor(op, "w13", w13, at.unpacked_weights(x.dtype()), {E, -1, H});
     I = half_of(op, "w13", w13.shape()[1]);
     pm::check_tensor(op, "w2", w2, {w13.dtype()}, {E, H, I});
   }
@@ -62,10 +64,20 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
     pm::fail(op, "needs T, H, I and E >= 1, found T = ", T, ", H = ", H, ", I = ", I, ", E = ", E);
   if (top_k < 1 || top_k > E) pm::fail(op, "top_k is ", top_k, ", needs 1 to the number of experts, ", E);
   Tensor y = paddle::empty({T, H}, DataType::FLOAT32, x.place());
-  pm::check_status(op, pm_cpu_fused_moe(x.data(), pm::abi_dtype(x.dtype()), gate.data<float>(), w13.data(), w2.data(),
-                                        pm::abi_dtype(w13.dtype()), quantised ? w13_scale->data<float>() : nullptr,
-                                        quantised ? w2_scale->data<float>() : nullptr, activation_bits, y.data<float>(), T,
-                                        H, I, E, top_k, nullptr));
+  const pm_dtype x_dtype = pm::abi_dtype(x.dtype()), w_dtype = pm::abi_dtype(w13.dtype());
+  const float* w13_scales = quantised ? w13_scale->data<float>() : nullptr;
+  const float* w2_scales = quantised ? w2_scale->data<float>() : nullptr;
+  if (at.device) {
+    Tensor workspace = pm::workspace(at.device->fused_moe_workspace(w_dtype, T, H, I, E, top_k), x.place());
+    pm::check_status(
+        op,
+        at.device->fused_moe(x.data(), x_dtype, gate.data<float>(), w13.data(), w2.data(), w_dtype, w13_scales, w2_scales,
+                             activation_bits, y.data<float>(), T, H, I, E, top_k, workspace.data(), at.stream),
+        at);
+  } else {
+    pm::check_status(op, pm_cpu_fused_moe(x.data(), x_dtype, gate.data<float>(), w13.data(), w2.data(), w_dtype, w13_scales,
+                                          w2_scales, activation_bits, y.data<float>(), T, H, I, E, top_k, nullptr));
+  }
   return {y};
 }
 std::vector<Shape> fused_moe_shape(const Shape& x, const Shape&, const Shape&, const Shape&, const paddle::optional<Shape>&,

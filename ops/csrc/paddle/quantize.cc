@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -13,6 +13,9 @@ using Shape = std::vector<int64_t>;
 
 std::vector<Tensor> quantize_int8(const Tensor& weight) {
   const char* op = "quantize_int8";
+  if (pm::target(op, {{"weight", weight}}).device)
+    pm::fail(op, "weight is on ", weight.place().DebugString(),
+             ", but weights are quantised on the CPU, before they are copied to a device; give weight.cpu()");
   pm::check_tensor(op, "weight", weight, {DataType::FLOAT32, DataType::BFLOAT16, DataType::FLOAT16}, {-1, -1});
   const int64_t N = weight.shape()[0], K = weight.shape()[1];
   if (N < 1 || K < 1) pm::fail(op, "needs N and K >= 1, found N = ", N, ", K = ", K);

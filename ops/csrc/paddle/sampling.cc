@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "binding.h"
+#include "target.h"
 
 namespace {
 
@@ -36,9 +36,7 @@ void check_row(int64_t s, const float* floats, const int64_t* ints, int64_t V, i
 }
 
 // Refuses ragged rows of tokens that do not lie within `ids`, or tokens outside the vocabulary.
-void check_ragged(const std::string& name, const Tensor& ids, const Tensor& row_offsets, int64_t S, int64_t V) {
-  pm::check_tensor(kOp, (name + "_ids").c_str(), ids, {DataType::INT32}, {-1});
-  pm::check_tensor(kOp, (name + "_offsets").c_str(), row_offsets, {DataType::INT32}, {S + 1});
+void check_ragged(const char* name, const Tensor& ids, const Tensor& row_offsets, int64_t S, int64_t V) {
   const int32_t *tokens = ids.data<int32_t>(), *offsets = row_offsets.data<int32_t>();
   if (offsets[0] != 0) pm::fail(kOp, name, "_offsets[0] is ", offsets[0], ", needs 0");
   for (int64_t s = 0; s < S; ++s) {
@@ -51,18 +49,11 @@ void check_ragged(const std::string& name, const Tensor& ids, const Tensor& row_
   }
 }
 
-std::vector<Tensor> sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, const Tensor& history_ids,
-                           const Tensor& history_offsets, const Tensor& bias_ids, const Tensor& bias_values,
-                           const Tensor& bias_offsets) {
-  pm::check_tensor(kOp, "logits", logits, {DataType::FLOAT32}, {-1, -1});
-  const int64_t S = logits.shape()[0], V = logits.shape()[1];
-  if (V < 1 || V > INT32_MAX)
-    pm::fail(kOp, "logits has ", V, " columns, needs one a token of the vocabulary, 1 to ", INT32_MAX);
-  pm::check_tensor(kOp, "floats", floats, {DataType::FLOAT32}, {S, PM_SAMPLING_FLOATS});
-  pm::check_tensor(kOp, "ints", ints, {DataType::INT64}, {S, PM_SAMPLING_INTS});
+// Refuses values the kernel has no meaning for.
+void check_values(const Tensor& floats, const Tensor& ints, const Tensor& history_ids, const Tensor& history_offsets,
+                  const Tensor& bias_ids, const Tensor& bias_values, const Tensor& bias_offsets, int64_t S, int64_t V) {
   check_ragged("history", history_ids, history_offsets, S, V);
   check_ragged("bias", bias_ids, bias_offsets, S, V);
-  pm::check_tensor(kOp, "bias_values", bias_values, {DataType::FLOAT32}, {bias_ids.numel()});
   const int32_t* seen = history_offsets.data<int32_t>();
   for (int64_t s = 0; s < S; ++s)
     check_row(s, floats.data<float>() + s * PM_SAMPLING_FLOATS, ints.data<int64_t>() + s * PM_SAMPLING_INTS, V,
@@ -70,15 +61,49 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& floats, const Ten
   for (int64_t i = 0; i < bias_offsets.data<int32_t>()[S]; ++i)
     if (const float value = bias_values.data<float>()[i]; !(value < INFINITY))
       pm::fail(kOp, "bias_values[", i, "] is ", value, ", needs a finite number, or -inf to mask the token");
+}
+
+std::vector<Tensor> sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, const Tensor& history_ids,
+                           const Tensor& history_offsets, const Tensor& bias_ids, const Tensor& bias_values,
+                           const Tensor& bias_offsets) {
+  const pm::Target at = pm::target(kOp, {{"logits", logits},
+                                         {"floats", floats},
+                                         {"ints", ints},
+                                         {"history_ids", history_ids},
+                                         {"history_offsets", history_offsets},
+                                         {"bias_ids", bias_ids},
+                                         {"bias_values", bias_values},
+                                         {"bias_offsets", bias_offsets}});
+  pm::check_tensor(kOp, "logits", logits, {DataType::FLOAT32}, {-1, -1});
+  const int64_t S = logits.shape()[0], V = logits.shape()[1];
+  if (V < 1 || V > INT32_MAX)
+    pm::fail(kOp, "logits has ", V, " columns, needs one a token of the vocabulary, 1 to ", INT32_MAX);
+  pm::check_tensor(kOp, "floats", floats, {DataType::FLOAT32}, {S, PM_SAMPLING_FLOATS});
+  pm::check_tensor(kOp, "ints", ints, {DataType::INT64}, {S, PM_SAMPLING_INTS});
+  pm::check_tensor(kOp, "history_ids", history_ids, {DataType::INT32}, {-1});
+  pm::check_tensor(kOp, "history_offsets", history_offsets, {DataType::INT32}, {S + 1});
+  pm::check_tensor(kOp, "bias_ids", bias_ids, {DataType::INT32}, {-1});
+  pm::check_tensor(kOp, "bias_offsets", bias_offsets, {DataType::INT32}, {S + 1});
+  pm::check_tensor(kOp, "bias_values", bias_values, {DataType::FLOAT32}, {bias_ids.numel()});
 
   Tensor next_tokens = paddle::empty({S}, DataType::INT32, logits.place());
   Tensor logprobs = paddle::empty({S}, DataType::FLOAT32, logits.place());
   Tensor top_ids = paddle::empty({S, PM_MAX_TOP_LOGPROBS}, DataType::INT32, logits.place());
   Tensor top_logprobs = paddle::empty({S, PM_MAX_TOP_LOGPROBS}, DataType::FLOAT32, logits.place());
-  const int status = pm_cpu_sample(logits.data<float>(), floats.data<float>(), ints.data<int64_t>(),
-                                   history_ids.data<int32_t>(), seen, bias_ids.data<int32_t>(), bias_values.data<float>(),
-                                   bias_offsets.data<int32_t>(), next_tokens.data<int32_t>(), logprobs.data<float>(),
-                                   top_ids.data<int32_t>(), top_logprobs.data<float>(), S, V, nullptr);
+  const auto call = [&](auto kernel, auto... last) {
+    return kernel(logits.data<float>(), floats.data<float>(), ints.data<int64_t>(), history_ids.data<int32_t>(),
+                  history_offsets.data<int32_t>(), bias_ids.data<int32_t>(), bias_values.data<float>(),
+                  bias_offsets.data<int32_t>(), next_tokens.data<int32_t>(), logprobs.data<float>(), top_ids.data<int32_t>(),
+                  top_logprobs.data<float>(), S, V, last...);
+  };
+  if (at.device) {
+    // A row without an answer has the token -1, which whoever copies it back must look for.
+    Tensor workspace = pm::workspace(at.device->sample_workspace(S, V), logits.place());
+    pm::check_status(kOp, call(at.device->sample, workspace.data(), at.stream), at);
+    return {next_tokens, logprobs, top_ids, top_logprobs};
+  }
+  check_values(floats, ints, history_ids, history_offsets, bias_ids, bias_values, bias_offsets, S, V);
+  const int status = call(pm_cpu_sample, static_cast<void*>(nullptr));
   for (int64_t s = 0; status == PM_NOT_FINITE && s < S; ++s)
     if (next_tokens.data<int32_t>()[s] < 0)
       pm::fail(kOp, "row ", s, " of logits holds NaN or +inf, or nothing but -inf (its bias added); needs finite numbers ",
