@@ -110,6 +110,8 @@ def _clear(folder: Path) -> None:
 
 def export(args: argparse.Namespace, ranks: Ranks) -> None:
     """Runs the exporter on this rank."""
+    if args.device == "gpu":
+        raise ValueError("--device gpu: an export is the same for every device; leave --device out")
     check_device(args)
     for flag in PREDICTION_FLAGS:
         if getattr(args, flag) is not None:

@@ -1,12 +1,13 @@
 """Operators of Mixtral: public functions by family (embedding, attention, moe, linear, norm, sampling, collective,
 quantize).
 
-Importing this package loads nothing but settles two things that must be settled before Paddle is imported; the first
+Importing this package loads nothing but settles three things that must be settled before Paddle is imported; the first
 family module imported loads the compiled operators (ops.library).
 """
 
 import os
 import warnings
+from pathlib import Path
 
 # Paddle says this at every import; it concerns people who compile operators over and over, not people who run them.
 warnings.filterwarnings("ignore", message="No ccache found")
@@ -16,3 +17,12 @@ warnings.filterwarnings("ignore", message="No ccache found")
 # (1.13 ms, not 1.07). libgomp reads this as it loads, with Paddle.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# The Paddle for CPUs drives a GPU through a plug-in, which it looks for once, in this folder, as it is imported. It is
+# offered ours where there is a GPU, or another one (as tests do) by this variable; what the user chose stays.
+DEVICE_RUNTIME = Path(os.environ.get("PADDLE_MIXTRAL_DEVICE_RUNTIME") or Path(__file__).resolve().parent / "device")
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA's driver, on Linux and inside Windows
+if "PADDLE_MIXTRAL_DEVICE_RUNTIME" in os.environ or any(map(os.path.exists, _GPU_FILES)):
+    if not os.environ.get("CUSTOM_DEVICE_ROOT"):  # Paddle leaves an empty one to its child processes
+        os.environ["CUSTOM_DEVICE_ROOT"] = str(DEVICE_RUNTIME)
+    os.environ.setdefault("GLOG_minloglevel", "1")  # else Paddle tells in seven lines that it has loaded it

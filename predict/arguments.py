@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ops.device import gpu_place
 from predict.engine.request import SamplingParams
 from predict.model.mixtral import QUANT_TYPES
 from predict.model.weights import DEMO
@@ -117,7 +118,7 @@ def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     model.add_argument("--mode", choices=["dynamic", "static"], help=f"default: {default_mode}")
     model.add_argument("--block_size", type=count, metavar="N", help="tokens in a page of the KV cache; default: 64")
     model.add_argument("--num_hidden_layers", type=count, metavar="N", help="layers of a dummy model")
-    model.add_argument("--device", choices=["cpu", "gpu"], help="default: cpu")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="gpu: an NVIDIA GPU, with bfloat16; default: cpu")
     model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")
     model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
 
@@ -139,13 +140,16 @@ def add_engine_flags(engine: argparse._ArgumentGroup) -> None:
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Refuses what needs a GPU.
+    """Refuses what no device here can do, before the model is opened.
 
     Raises:
-        ValueError: --device gpu, or float16, which no CPU kernel has.
+        ValueError: --device gpu where there is none or nothing to drive it, or float16, which no CPU kernel has.
     """
     if args.device == "gpu":
-        raise ValueError("--device gpu: this version has kernels for the CPU only; use --device cpu")
+        try:
+            gpu_place()
+        except ValueError as error:
+            raise ValueError(f"--device gpu: {error}") from error
     if args.dtype == "float16":
         raise ValueError("--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32")
 

@@ -51,7 +51,7 @@ def cache_blocks(
         blocks = min(int(DEFAULT_SHARE * free) // page, max_num_seqs * -(-max_length // block_size))
     elif kv_cache_memory > free:
         raise MemoryError(
-            f"kv_cache_memory is {kv_cache_memory / 1e9:.3f} GB, more than this machine has free for a rank "
+            f"kv_cache_memory is {kv_cache_memory / 1e9:.3f} GB, more than there is free for a rank "
             f"({free / 1e9:.3f} GB); use a smaller --kv_cache_memory, or leave it out"
         )
     else:

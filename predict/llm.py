@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ops import library
+from ops.device import device_name, free_device_memory, gpu_count, gpu_place
 from predict.artifact import Artifact, ArtifactError, refuse_artifact
 from predict.cache_size import cache_blocks, free_memory
 from predict.completion import Collector, Completion
@@ -48,6 +49,7 @@ class LLM:
         chat_template: see predict.model.chat.load_chat_template; by default the checkpoint's own.
         verify: hash the files of an exported folder before using them.
         num_hidden_layers: layers of a dummy model.
+        device: "cpu" or "gpu", which takes bfloat16.
         ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone. Every rank makes
             the same calls, or all but the first are in predict.followers.follow.
 
@@ -72,11 +74,15 @@ class LLM:
         chat_template: str | None = None,
         verify: bool = False,
         num_hidden_layers: int | None = None,
+        device: str = "cpu",
         ranks: Ranks | None = None,
     ):
         if mode not in (None, "dynamic", "static"):
             raise ValueError(f"mode is {mode!r}, needs 'dynamic' or 'static'")
+        if device not in ("cpu", "gpu"):
+            raise ValueError(f"device is {device!r}, needs 'cpu' or 'gpu'")
         ranks = ranks or alone()
+        self.place = gpu_place(ranks.rank) if device == "gpu" else None
         library.set_num_threads(ranks.local_threads if threads is None else threads)
         self.ranks, self.chat_template = ranks, chat_template
         self.max_num_seqs = positive("max_num_seqs", max_num_seqs)
@@ -138,6 +144,7 @@ class LLM:
                 num_blocks,
                 artifact.block_size,
                 self.ranks.rank == 0,
+                self.place,
             )
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
@@ -150,11 +157,14 @@ class LLM:
         self.dtype, self.quant_type = dtype or source.default_dtype(), quant_type
         block_size = positive("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size)
         self._prepare(source.config, source.tokenizer_folder, total_max_length)
-        network = load(source.config, source.weights(), self.dtype, quant_type, self.ranks.rank, self.ranks.world_size)
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        network = load(source.config, source.weights(), self.dtype, quant_type, rank, world_size, self.place)
         self.runner = DynamicRunner(network, self._num_blocks(block_size, 0), block_size)
 
     def _prepare(self, config: MixtralConfig, tokenizer_folder: Path, total_max_length: int | None) -> None:
-        """What both modes share: the tokenizer, and how long a sequence may be."""
+        """What both modes share: the tokenizer, how long a sequence may be, and what a device takes."""
+        if self.place is not None and self.dtype == "float32":
+            raise ValueError("dtype is float32, the kernels of a GPU need bfloat16; use --dtype bfloat16")
         longest = config.max_position_embeddings
         if total_max_length is not None and not 2 <= total_max_length <= longest:
             raise ValueError(
@@ -178,7 +188,11 @@ class LLM:
         if world_size > 1:
             barrier()  # all have loaded what they load before
         per_token = bytes_per_token(self.config, world_size, self.dtype)
-        free = max(0, free_memory() // world_size - weights_to_load)
+        if self.place is None:
+            free, sharing = free_memory(), world_size
+        else:
+            free, sharing = free_device_memory(self.place), -(-world_size // gpu_count())
+        free = max(0, free // sharing - weights_to_load)
         num_blocks = least(
             cache_blocks(self.kv_cache_memory, free, block_size, per_token, self.max_num_seqs, self.total_max_length)
         )
@@ -199,7 +213,8 @@ class LLM:
         """What runs, and on what, in a line."""
         quantised = f" {self.quant_type}" if self.quant_type else ""
         ranks = f"{self.ranks.world_size} rank(s) of {library.num_threads()} thread(s)"
-        return f"{self.mode} {self.dtype}{quantised}, {ranks}, {library.cpu_isa()}"
+        kernels = library.cpu_isa() if self.place is None else device_name(self.place)
+        return f"{self.mode} {self.dtype}{quantised}, {ranks}, {kernels}"
 
     def generate(
         self,

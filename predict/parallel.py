@@ -80,7 +80,7 @@ def barrier() -> None:
     Raises:
         ValueError: another rank died or did not come in time.
     """
-    all_reduce(paddle.zeros([1]), group()[1])
+    all_reduce(paddle.to_tensor([0.0], place=paddle.CPUPlace()), group()[1])
 
 
 def least(number: int) -> int:
@@ -90,7 +90,7 @@ def least(number: int) -> int:
         ValueError: as :func:`barrier` does.
     """
     bits = np.array([[number]], np.int64).view(np.float32)  # a gather only copies
-    return int(all_gather(paddle.to_tensor(bits), group()[1]).numpy().view(np.int64).min())
+    return int(all_gather(paddle.to_tensor(bits, place=paddle.CPUPlace()), group()[1]).numpy().view(np.int64).min())
 
 
 def run(main: Callable[[Ranks], int | None], step_timeout_s: float = STEP_TIMEOUT_S) -> int:

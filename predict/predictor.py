@@ -137,6 +137,7 @@ def _load(args: argparse.Namespace, ranks: Ranks, total_max_length: int | None) 
         chat_template=None if args.chat_template in (None, "none", "default") else args.chat_template,
         verify=bool(args.verify),
         num_hidden_layers=args.num_hidden_layers,
+        device=args.device or "cpu",
         ranks=ranks,
     )
     if ranks.rank == 0:

@@ -1,16 +1,22 @@
 """One step(): the only two places that know whether the network runs as a dynamic graph or as an exported program."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import inference
+from paddle.base.core import Place
 
 from ops import library
 from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
 from predict.model.config import MixtralConfig
+from predict.model.memory import CPU
 from predict.model.mixtral import Mixtral
 from predict.weights_file import read_weights
+
+# Paddle's own memory beside weights and caches grows from this.
+_GPU_POOL_MB = 100
 
 
 def cache_shapes(config: MixtralConfig, world_size: int, num_blocks: int, block_size: int) -> list[list[int]]:
@@ -31,17 +37,28 @@ def bytes_per_token(config: MixtralConfig, world_size: int, dtype: str) -> int:
 
 
 def _empty_caches(
-    config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int
+    config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int, place: Place | None
 ) -> list[paddle.Tensor]:
     # Uninitialised on purpose: a page's memory is only touched when tokens are written to it.
+    shapes = cache_shapes(config, world_size, num_blocks, block_size)
     try:
-        return [paddle.empty(shape, dtype) for shape in cache_shapes(config, world_size, num_blocks, block_size)]
-    except MemoryError as error:
+        return [paddle.empty(shape, dtype, device=place or CPU) for shape in shapes]
+    except (MemoryError, OSError) as error:  # the latter is a CustomDevice's
         size = num_blocks * block_size * bytes_per_token(config, world_size, dtype)
         raise MemoryError(
-            f"the KV cache of {num_blocks} pages of {block_size} tokens needs {size / 1e9:.1f} GB, more than this "
-            "machine has; use a smaller --kv_cache_memory"
+            f"the KV cache of {num_blocks} pages of {block_size} tokens needs {size / 1e9:.1f} GB, more than there "
+            "is; use a smaller --kv_cache_memory"
         ) from error
+
+
+def _result(outputs: Iterable[np.ndarray]) -> StepResult:
+    result = StepResult(*outputs)
+    if (rows := np.flatnonzero(result.tokens < 0)).size:  # a device's word for what the CPU's operator refuses itself
+        raise ValueError(
+            f"sample: row {rows[0]} of logits holds NaN or +inf, or nothing but -inf (its bias added); needs finite "
+            "numbers (-inf: masked)"
+        )
+    return result
 
 
 class DynamicRunner:
@@ -52,19 +69,22 @@ class DynamicRunner:
     def __init__(self, model: Mixtral, num_blocks: int, block_size: int):
         self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
         self.vocab_size = model.config.vocab_size
-        self.caches = _empty_caches(model.config, model.world_size, model.dtype, num_blocks, block_size)
+        self.caches = _empty_caches(model.config, model.world_size, model.dtype, num_blocks, block_size, model.place)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Runs one step."""
         with paddle.no_grad():
-            outputs = self.model(*map(paddle.to_tensor, batch.arrays()), self.caches)
-        return StepResult(*(x.numpy() for x in outputs))
+            outputs = self.model(*self._tensors(batch.arrays()), self.caches)
+        return _result(x.numpy() for x in outputs)
 
     def logits(self, batch: StepBatch) -> np.ndarray:
         """The logits [S, V] float32 the step would sample from."""
-        arguments = [*map(paddle.to_tensor, batch.arrays()[:5]), self.caches]
+        arguments = [*self._tensors(batch.arrays()[:5]), self.caches]
         with paddle.no_grad():
             return self.model.logits(*arguments).numpy()
+
+    def _tensors(self, arrays: list[np.ndarray]) -> list[paddle.Tensor]:
+        return [paddle.to_tensor(array, place=self.model.place or CPU) for array in arrays]
 
 
 class StaticRunner:
@@ -73,6 +93,7 @@ class StaticRunner:
     Args:
         program: path of program and weights without their suffixes (.json, .safetensors).
         show: show a progress bar while loading.
+        place: the device that runs it; None: the CPU.
     """
 
     mode = "static"
@@ -86,10 +107,16 @@ class StaticRunner:
         num_blocks: int,
         block_size: int,
         show: bool = False,
+        place: Place | None = None,
     ):
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, config.vocab_size
         settings = inference.Config(f"{program}.json", "")
-        settings.disable_gpu()
+        if place is None:
+            settings.disable_gpu()
+        elif place.is_gpu_place():
+            settings.enable_use_gpu(_GPU_POOL_MB, place.gpu_device_id())
+        else:
+            settings.enable_custom_device(place.custom_device_type(), place.custom_device_id())
         settings.disable_onednn()  # ten times slower than Paddle's own kernels on operators this small
         settings.disable_glog_info()
         settings.set_cpu_math_library_num_threads(library.num_threads())
@@ -102,8 +129,8 @@ class StaticRunner:
             handle = self.predictor.get_input_handle(name)
             needed[name] = (handle.type().name.lower(), tuple(handle.shape()))
         # The predictor keeps no reference to what it shares.
-        self.weights = read_weights(program.with_suffix(".safetensors"), needed, show)
-        self.caches = _empty_caches(config, world_size, dtype, num_blocks, block_size)
+        self.weights = read_weights(program.with_suffix(".safetensors"), needed, show, place)
+        self.caches = _empty_caches(config, world_size, dtype, num_blocks, block_size, place)
         for name, tensor in [*self.weights.items(), *zip(names, self.caches, strict=True)]:
             self.predictor.get_input_handle(name).share_external_data(tensor)
 
@@ -112,4 +139,4 @@ class StaticRunner:
         for handle, array in zip(self.inputs, batch.arrays(), strict=True):
             handle.copy_from_cpu(array)
         self.predictor.run()
-        return StepResult(*(handle.copy_to_cpu() for handle in self.outputs))
+        return _result(handle.copy_to_cpu() for handle in self.outputs)

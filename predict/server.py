@@ -129,6 +129,7 @@ def _load(args: argparse.Namespace, ranks: Ranks) -> LLM:
         chat_template=None if args.chat_template == "default" else args.chat_template,
         verify=bool(args.verify),
         num_hidden_layers=args.num_hidden_layers,
+        device=args.device or "cpu",
         ranks=ranks,
     )
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle.base.core import Place
 from tqdm import tqdm
 
 from ops import library
 from predict.artifact import ArtifactError
 from predict.model.checkpoint import TensorEntry, read_header
-from predict.model.memory import empty, host_view
+from predict.model.memory import empty, host_view, on_device
 from predict.progress import progress
 
 PAGE = 4096
@@ -58,13 +59,16 @@ def write_weights(path: Path, weights: Mapping[str, paddle.Tensor], show: bool =
                 done += count
 
 
-def read_weights(path: Path, needed: Mapping[str, Kind], show: bool = True) -> dict[str, paddle.Tensor]:
+def read_weights(
+    path: Path, needed: Mapping[str, Kind], show: bool = True, place: Place | None = None
+) -> dict[str, paddle.Tensor]:
     """The tensors of a file, mapped or copied (see above), with a progress bar if ``show``.
 
     A mapped file must not be changed in place while it is in use; deleting it, or exporting again, does no harm.
 
     Args:
         needed: name, element type ("uint8", "float32" or "bfloat16") and shape of every tensor the file must hold.
+        place: a device to copy them to, one by one; None: they stay on the CPU.
 
     Raises:
         CheckpointError: the header is damaged.
@@ -80,6 +84,8 @@ def read_weights(path: Path, needed: Mapping[str, Kind], show: bool = True) -> d
                 f"{_text(wanted.get(name))}: the two are not of one export; export it again"
             )
     with progress("loading weights", path.stat().st_size, "B", show) as bar:
+        if place is not None:
+            return _on_device(path, header, needed, place, bar)
         mapping = _map(path, bar)
         if mapping is not None:
             return {name: _mapped(mapping, header[name].offset, *kind) for name, kind in needed.items()}
@@ -115,6 +121,18 @@ def _mapped(mapping: mmap.mmap, offset: int, dtype: str, shape: tuple[int, ...])
     array = np.frombuffer(mapping, _NUMPY_TYPES[dtype], int(np.prod(shape)), offset).reshape(shape)
     tensor = paddle.from_dlpack(array)
     return tensor.view("bfloat16") if dtype == "bfloat16" else tensor
+
+
+def _on_device(
+    path: Path, header: Mapping[str, TensorEntry], needed: Mapping[str, Kind], place: Place, bar: tqdm
+) -> dict[str, paddle.Tensor]:
+    with open(path, "rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    weights = {}
+    for name in sorted(needed, key=lambda n: header[n].offset):
+        weights[name] = on_device(_mapped(mapping, header[name].offset, *needed[name]), place)
+        bar.update(weights[name].size * weights[name].element_size())
+    return weights
 
 
 def _copy(

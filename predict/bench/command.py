@@ -179,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks, arguments: list[str]) -> None:
+    if args.device == "gpu":
+        raise ValueError("--device gpu: bench measures the CPU and its kernels; use --device cpu")
     check_device(args)
     for flag, path in (("json", args.json), ("plot", args.plot)):
         if path is not None:

@@ -1,4 +1,4 @@
-"""Memory for weights: in huge pages where the system has them, since decoding reads all of it for every token."""
+"""Memory for weights. On the CPU in huge pages where the system has them: decoding reads all of it for every token."""
 
 import ctypes
 import mmap
@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle.base.core import Place
 
+from ops.device import device_name
+
+CPU = paddle.CPUPlace()
 HUGE_PAGE = 2 << 20  # bytes, on x86-64
 _LIBC = ctypes.CDLL(None)
 
@@ -16,7 +20,7 @@ def empty(shape: list[int], dtype: str) -> paddle.Tensor:
 
     Uninitialised because the loader writes every element, and a fill would touch the memory twice.
     """
-    tensor = paddle.empty(shape, dtype)
+    tensor = paddle.empty(shape, dtype, device=CPU)
     size = tensor.size * tensor.element_size()
     if size >= HUGE_PAGE:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -25,6 +29,22 @@ def empty(shape: list[int], dtype: str) -> paddle.Tensor:
             ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + size - start), ctypes.c_int(mmap.MADV_HUGEPAGE)
         )
     return tensor
+
+
+def on_device(tensor: paddle.Tensor, place: Place) -> paddle.Tensor:
+    """A copy of a CPU tensor in a device's memory.
+
+    Raises:
+        MemoryError: it has no room for it.
+    """
+    try:
+        return tensor._copy_to(place, True)
+    except OSError as error:  # what Paddle makes of a CustomDevice's refusal
+        size = tensor.size * tensor.element_size() / 1e9
+        raise MemoryError(
+            f"{device_name(place)} has no memory left for a weight of {size:.3f} GB; use --quant_type "
+            "weight_only_int8, more ranks, or --device cpu"
+        ) from error
 
 
 def host_view(tensor: paddle.Tensor) -> np.ndarray:

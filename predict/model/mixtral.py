@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import paddle
 from paddle import nn
+from paddle.base.core import Place
 
 from ops.attention import append_attention
 from ops.collective import all_gather, all_reduce
@@ -96,12 +97,20 @@ class Mixtral(nn.Layer):
         dtype: activations, KV cache and unquantised weights: "bfloat16" or "float32".
         quant_type: "weight_only_int8" (activations enter products in 16 bits), "a8w8" (in 8 bits), or None.
         world_size: ranks the heads, experts' intermediate size and vocabulary are split over.
+        place: the device that is to hold it; None: the CPU.
 
     Raises:
         ConfigError: the sizes do not divide by world_size, or dtype or quant_type is unknown.
     """
 
-    def __init__(self, config: MixtralConfig, dtype: str, quant_type: str | None = None, world_size: int = 1):
+    def __init__(
+        self,
+        config: MixtralConfig,
+        dtype: str,
+        quant_type: str | None = None,
+        world_size: int = 1,
+        place: Place | None = None,
+    ):
         super().__init__()
         check_shardable(config, world_size)
         if dtype not in ("bfloat16", "float32"):
@@ -109,6 +118,7 @@ class Mixtral(nn.Layer):
         if quant_type is not None and quant_type not in QUANT_TYPES:
             raise ConfigError(f"quant_type is {quant_type!r}, needs {' or '.join(QUANT_TYPES)}, or none at all")
         self.config, self.dtype, self.quant_type, self.world_size = config, dtype, quant_type, world_size
+        self.place = place
         _add_buffer(self, "embed_tokens", [config.vocab_size, config.hidden_size], dtype)
         self.layers = nn.LayerList(
             [DecoderLayer(config, dtype, quant_type, world_size) for _ in range(config.num_hidden_layers)]

@@ -13,11 +13,12 @@ import paddle
 
 # By name: NumPy imports its random numbers when they are first used, and an interrupt inside that import is lost.
 from numpy.random import SFC64, Generator
+from paddle.base.core import Place
 
 from ops.quantize import INT8_ZERO, pack_into, quantize_int8_into
 from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import ConfigError, MixtralConfig, positive
-from predict.model.memory import host_view
+from predict.model.memory import host_view, on_device
 from predict.model.mixtral import Mixtral, padded_vocab_share
 from predict.progress import progress
 
@@ -130,6 +131,7 @@ def load(
     quant_type: str | None = None,
     rank: int = 0,
     world_size: int = 1,
+    place: Place | None = None,
 ) -> Mixtral:
     """Builds the network and fills it with this rank's share of ``source``.
 
@@ -137,8 +139,10 @@ def load(
         dtype: of activations and unquantised weights: "bfloat16" or "float32".
         quant_type: "weight_only_int8", "a8w8" (the same weights) or None. Whole rows are quantised before they are
             split, so scales do not depend on the number of ranks.
+        place: a device to copy the weights to, layer by layer, so that the host holds little more than one; None: they
+            stay on the CPU.
     """
-    model = Mixtral(config, dtype, quant_type, world_size)
+    model = Mixtral(config, dtype, quant_type, world_size, place)
     _Loader(model, source, rank).load()
     return model
 
@@ -182,9 +186,20 @@ class _Loader:
                     up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e, half=0)
                     self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e, half=1)
                     self._columns(layer, "w2", f"{expert}.w2.weight", expert=e)
+                self._move(layer)
             self._plain(model.norm, "model.norm.weight")
             head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             self._vocabulary(head)
+            self._move(model)
+
+    def _move(self, layer: paddle.nn.Layer) -> None:
+        """What of the layer is still on the CPU goes to the model's device, if it has one."""
+        if self.model.place is None:
+            return
+        for part in layer.sublayers(include_self=True):
+            for name, buffer in list(part.named_buffers(include_sublayers=False)):
+                if buffer.place.is_cpu_place():
+                    setattr(part, name, on_device(buffer, self.model.place))
 
     def _read(self, name: str) -> tuple[np.ndarray, str]:
         array, dtype = self.source.read(name)

@@ -173,7 +173,7 @@ def test_conversations_the_template_refuses(llm, messages, message):
         ({"block_size": 0}, "block_size is 0, needs a positive integer"),
         ({"threads": 0}, "threads is 0, needs 1 to 1024"),
         ({"total_max_length": 2049}, "is 2049, needs 2 to 2048, the model's max_position_embeddings"),
-        ({"kv_cache_memory": 10**15}, "kv_cache_memory is 1000000.000 GB, more than this machine has free"),
+        ({"kv_cache_memory": 10**15}, "kv_cache_memory is 1000000.000 GB, more than there is free"),
         ({"num_hidden_layers": 2}, "--num_hidden_layers is for dummy models"),
         ({"verify": True}, "verify is for exported folders"),
         ({"chat_template": "no such file"}, "chat template 'no such file' is neither"),
@@ -197,7 +197,7 @@ def test_the_cache_takes_what_it_may_and_no_more_than_requests_can_use(demo, cap
         small.generate([[7] * 80], SamplingParams(max_tokens=17))
     free, size = 1000 * page, {"block_size": 16, "bytes_per_token": page // 16}
     assert cache_blocks(None, free, **size, max_num_seqs=10**9, max_length=100) == 500
-    with pytest.raises(MemoryError, match="more than this machine has free for a rank"):
+    with pytest.raises(MemoryError, match="more than there is free for a rank"):
         cache_blocks(free + 1, free, **size, max_num_seqs=1, max_length=100)
 
 

@@ -102,11 +102,10 @@ REFUSED = {
     "--mode static": "no manifest.json, so this is no exported model",
     "--verify": "verify is for exported folders (mode static)",
     "--num_hidden_layers 2": "--num_hidden_layers is for dummy models",
-    "--device gpu": "--device gpu: this version has kernels for the CPU only; use --device cpu",
     "--dtype float16": "--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32",
     "--output_path x": "--output_path is where the exporter writes; the predictor writes answers to --output_file",
     "--threads 100000": "threads is 100000, needs 1 to 1024",
-    "--kv_cache_memory 900T": "more than this machine has free for a rank",
+    "--kv_cache_memory 900T": "more than there is free for a rank",
     "--kv_cache_memory 1K": "hold no page: 64 tokens of",
     "--max_length 100000": "is 101024, needs 2 to 2048, the model's max_position_embeddings; lower it",
     "--src_length 1 --prompt The": "the prompt has 2 tokens, --src_length is 1; raise it or shorten the text",
@@ -186,7 +185,7 @@ def test_the_exporter_refuses_what_it_cannot_export_or_write(exported, tmp_path,
         "--output_path /proc/nope": "--output_path /proc/nope cannot be made",
         f"--model_name_or_path {inference}": "is an exported model, which holds no checkpoint; give the checkpoint",
         "--mode static": "--mode static: the exporter reads a checkpoint, which is dynamic; leave --mode out",
-        "--device gpu": "--device gpu: this version has kernels for the CPU only",
+        "--device gpu": "--device gpu: an export is the same for every device; leave --device out",
     }.items():
         code, found = refusal(export, flags.split(), capsys)
         assert code == command.FAILED

@@ -167,7 +167,6 @@ REFUSED = {
     "--drain_timeout -1": (2, "'-1', needs a number of seconds, 0 or more"),
     "--drain_timeout nan": (2, "'nan', needs a number of seconds"),
     "--max_body_bytes 0": (2, "needs an integer of at least 1"),
-    "--device gpu": (1, "--device gpu: this version has kernels for the CPU only"),
     "--chat_template {{oops": (1, "the given chat template has a syntax error"),
     "--total_max_length 100000": (1, "is 100000, needs 2 to 2048"),
     "--temperature=1": (2, "unrecognized arguments: --temperature=1"),

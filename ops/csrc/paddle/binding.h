@@ -98,7 +98,7 @@ inline std::vector<int64_t> packed_shape(paddle::DataType dtype, int64_t N, int6
   const int64_t columns = dtype == paddle::DataType::UINT8 ? PM_INT8_TILE_COLUMNS : PM_BF16_TILE_COLUMNS;
   return {(N + kRows - 1) / kRows, (K + columns - 1) / columns, kRows * columns};
 }
-// Products of weights of bfloat16 take both sides as bfloat16.
+// Products of weights of 16 bits take both sides in their type.
 inline bool is_16_bits(paddle::DataType dtype) {
   return dtype == paddle::DataType::BFLOAT16 || dtype == paddle::DataType::FLOAT16;
 }

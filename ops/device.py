@@ -1,0 +1,118 @@
+"""The GPU beside the CPU: through paddlepaddle-gpu where that is what is installed, else through our own CustomDevice
+runtime (ops/csrc/device), with which the Paddle for CPUs drives one.
+
+Operators run where their tensors are; a place from here is what puts tensors on the GPU.
+"""
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from paddle.base.core import Place, get_custom_device_count
+
+from ops import DEVICE_RUNTIME
+from ops.library import ABI_VERSION, LIBRARY
+
+BUILD = "install the CUDA toolkit and build again with `pip install .` (README: NVIDIA GPUs), or use --device cpu"
+
+LIBRARY.pm_cuda_kernels.restype = ctypes.c_void_p
+LIBRARY.pm_register_device.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+LIBRARY.pm_register_device.restype = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded CustomDevice runtime of ours whose kernels are registered.
+
+    Attributes:
+        name: of the type of device at Paddle.
+        plugin: its library (ops/csrc/device/plugin.h).
+    """
+
+    name: str
+    plugin: ctypes.CDLL
+
+    def copies(self) -> tuple[int, int, int]:
+        """Copies so far: host to device, device to host, device to device."""
+        counts = [ctypes.c_int64() for _ in range(3)]
+        self.plugin.pm_plugin_copies(*map(ctypes.byref, counts))
+        h2d, d2h, d2d = (c.value for c in counts)
+        return h2d, d2h, d2d
+
+
+def gpu_place(rank: int = 0) -> Place:
+    """Where rank number ``rank`` of this machine has its GPU; ranks share where there are fewer.
+
+    Raises:
+        ValueError: there is none, or no kernels for it; says how to get them.
+    """
+    count = gpu_count()
+    if count == 0:
+        raise ValueError("this machine shows no NVIDIA GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES); use --device cpu")
+    cuda = paddle.is_compiled_with_cuda()
+    place = Place()
+    place.set_place(paddle.CUDAPlace(rank % count) if cuda else paddle.CustomPlace(runtime().name, rank % count))
+    return place
+
+
+def gpu_count() -> int:
+    """GPUs that this process can use.
+
+    Raises:
+        ValueError: there can be none: no kernels were built, or no runtime is loaded.
+    """
+    if not paddle.is_compiled_with_cuda():
+        return get_custom_device_count(runtime().name)
+    if not LIBRARY.pm_cuda_kernels():
+        raise ValueError(f"the operators were built without CUDA kernels; {BUILD}")
+    return paddle.device.cuda.device_count()
+
+
+def device_name(place: Place) -> str:
+    """As in "pm_cuda:0"."""
+    return str(place).removeprefix("Place(").removesuffix(")")
+
+
+def free_device_memory(place: Place) -> int:
+    """Bytes of a GPU's memory that nobody holds."""
+    total, free = ctypes.c_int64(), ctypes.c_int64()
+    custom = place.is_custom_place()
+    plugin = runtime().plugin if custom else ctypes.CDLL(str(DEVICE_RUNTIME / "libpm_cuda.so"))
+    number = place.custom_device_id() if custom else place.gpu_device_id()
+    if plugin.pm_plugin_memory(number, ctypes.byref(total), ctypes.byref(free)) != 0:
+        raise ValueError(f"{place} does not tell how much of its memory is free")
+    return free.value
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """The runtime Paddle has loaded, its kernels registered.
+
+    Raises:
+        ValueError: there is none, or it was built with other operators; says how to get one.
+    """
+    root = Path(os.environ.get("CUSTOM_DEVICE_ROOT") or DEVICE_RUNTIME)
+    found = sorted(root.glob("libpm_*.so"))
+    if not found:
+        raise ValueError(f"there is no CUDA runtime in {root}: it was built without nvcc; {BUILD}")
+    plugin = ctypes.CDLL(str(found[0]))
+    plugin.pm_plugin_device_type.restype = ctypes.c_char_p
+    plugin.pm_plugin_kernels.restype = ctypes.POINTER(ctypes.c_int)
+    name = plugin.pm_plugin_device_type().decode()
+    if name not in paddle.device.get_all_custom_device_type():
+        if not os.environ.get("CUSTOM_DEVICE_ROOT"):
+            raise ValueError("this machine has no NVIDIA GPU, or no driver for it; use --device cpu")
+        raise ValueError(
+            f"Paddle was imported before it could be told of {found[0]}; import ops or predict before paddle, or set "
+            f"CUSTOM_DEVICE_ROOT={root}"
+        )
+    kernels = plugin.pm_plugin_kernels(ctypes.c_void_p(LIBRARY._handle))
+    if not kernels:
+        raise ValueError(f"the operators were built without kernels for {found[0].name}; {BUILD}")
+    if kernels[0] != ABI_VERSION:
+        raise ValueError(f"{found[0]} has operator ABI {kernels[0]}, the operators have {ABI_VERSION}; {BUILD}")
+    LIBRARY.pm_register_device(name.encode(), ctypes.cast(kernels, ctypes.c_void_p))
+    return Runtime(name, plugin)

@@ -1,0 +1,127 @@
+"""What test_mock_device.py runs in a process that has had the mock device since it imported Paddle."""
+
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+from ops.device import free_device_memory, gpu_place, runtime
+from ops.embedding import embedding
+from ops.linear import linear
+from ops.norm import rms_norm
+from ops.quantize import quantize_int8
+from predict.engine.batch import INPUT_NAMES, StepResult
+from predict.engine.request import SamplingParams
+from predict.llm import LLM
+from predict.model.weights import DEMO
+
+PROMPT = list(range(40, 180))
+# Sampling of every kind, several samples, log-probabilities; and prompts that begin alike, longer than a step's tokens.
+REQUESTS = [
+    (PROMPT, SamplingParams(max_tokens=12, logprobs=5)),
+    (PROMPT[:9], SamplingParams(max_tokens=9, temperature=0.9, top_p=0.8, top_k=50, min_p=0.01, seed=7, n=3)),
+    ([*PROMPT, 5, 6], SamplingParams(max_tokens=12, temperature=1.0, seed=1, repetition_penalty=1.2, logprobs=20)),
+    (PROMPT[:20], SamplingParams(max_tokens=5, presence_penalty=0.5, frequency_penalty=0.3, logit_bias={13: -4.0})),
+]
+KINDS = [(mode, quant_type) for mode in ("dynamic", "static") for quant_type in ("", "weight_only_int8")]
+PLACE = gpu_place()
+
+
+def open_llm(mode: str, quant_type: str, device: str) -> LLM:
+    model = DEMO if mode == "dynamic" else os.environ[f"EXPORTED_{quant_type}"]
+    return LLM(
+        model,
+        mode=mode,
+        dtype="bfloat16",
+        quant_type=quant_type or None,
+        max_num_batched_tokens=16,  # prompts are cut into chunks
+        block_size=None if mode == "static" else 8,  # small enough for prompts to share pages
+        kv_cache_memory=8 << 20,
+        threads=1,
+        device=device,
+    )
+
+
+def answers(llm: LLM) -> list:
+    """All requests at once, and once more, when their prompts are in the cache."""
+    prompts, params = map(list, zip(*REQUESTS, strict=True))
+    found = [llm.generate(prompts, params) for _ in range(2)]
+    return [(c.token_ids, c.logprobs, c.top_logprobs, c.finish_reason) for run in found for c in run]
+
+
+@pytest.mark.parametrize(("mode", "quant_type"), KINDS)
+def test_tokens_and_logprobs_are_the_cpus(mode, quant_type):
+    cpu, gpu = (open_llm(mode, quant_type, device) for device in ("cpu", "gpu"))
+    assert answers(gpu) == answers(cpu)
+    # llm.score takes another way through the step.
+    assert gpu.score(PROMPT) == cpu.score(PROMPT)
+    assert gpu.engine.stats().prefix_hit_tokens > 0
+    weights = gpu.runner.model.buffers() if mode == "dynamic" else gpu.runner.weights.values()
+    assert all(tensor.place.is_custom_place() for tensor in [*weights, *gpu.runner.caches])
+
+
+@pytest.mark.parametrize(("mode", "quant_type"), KINDS)
+def test_a_step_copies_its_inputs_up_and_its_outputs_down(mode, quant_type):
+    llm = open_llm(mode, quant_type, "gpu")
+    steps, before = [], runtime().copies()
+    step = llm.runner.step
+    llm.runner.step = lambda batch: steps.append(batch) or step(batch)
+    answers(llm)
+    up, down, across = (b - a for a, b in zip(before, runtime().copies(), strict=True))
+    assert len(steps) > 20
+    assert up == len(steps) * len(INPUT_NAMES)
+    assert down == len(steps) * len(StepResult._fields)
+    assert across == 0
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_a_row_without_an_answer_is_the_cpus_sentence(mode):
+    llm = open_llm(mode, "", "gpu")
+    norm = llm.runner.model.norm if mode == "dynamic" else llm.runner.weights["norm"]
+    bad = paddle.full(norm.shape, float("nan"), device=paddle.CPUPlace())._copy_to(PLACE, True)
+    if mode == "dynamic":
+        llm.runner.model.norm = bad
+    else:
+        llm.runner.predictor.get_input_handle("norm").share_external_data(bad)
+    with pytest.raises(ValueError, match="sample: row 0 of logits holds NaN or"):
+        llm.generate([PROMPT], SamplingParams(max_tokens=1))
+
+
+def test_memory_is_given_back():
+    """Eight times what the device has, piece by piece."""
+    free = free_device_memory(PLACE)
+    for _ in range(16):
+        held = paddle.empty([1 << 29], "uint8", device=PLACE)
+        assert free_device_memory(PLACE) <= free - (1 << 29)
+        del held
+
+
+def test_more_cache_than_memory_is_refused():
+    with pytest.raises(MemoryError, match=r"kv_cache_memory is 2\.000 GB, more than there is free for a rank"):
+        LLM(DEMO, dtype="bfloat16", kv_cache_memory=2_000_000_000, device="gpu")
+
+
+def test_tensors_of_two_devices_are_refused_by_name():
+    x, weight = paddle.zeros([2, 16])._copy_to(PLACE, True), paddle.ones([16])
+    with pytest.raises(
+        ValueError, match=r"rms_norm: weight is on Place\(cpu\), but residual is on Place\(pm_mock:0\); m"
+    ):
+        rms_norm(x, weight, 1e-5, "bfloat16")
+
+
+def test_types_without_a_kernel_on_devices_are_refused_by_name():
+    x = paddle.zeros([2, 16])._copy_to(PLACE, True)
+    with pytest.raises(ValueError, match="linear: x is float32, needs bfloat16 or float16"):
+        linear(x, x, "float32")
+    with pytest.raises(ValueError, match="rms_norm: out_dtype is 'float32', needs bfloat16 or float16"):
+        rms_norm(x, paddle.ones([16])._copy_to(PLACE, True), 1e-5, "float32")
+    with pytest.raises(ValueError, match="weights are quantised on the CPU, before they are copied to a device"):
+        quantize_int8(x)
+
+
+def test_the_kernels_own_words_reach_the_caller():
+    table = paddle.zeros([4, 8], "float16")._copy_to(PLACE, True)  # which the CPU's kernels do not have
+    ids = paddle.to_tensor(np.zeros(2, np.int32), place=PLACE)
+    with pytest.raises(ValueError, match="embedding: mock device: an argument is float16, or points to what is no mem"):
+        embedding(ids, table)

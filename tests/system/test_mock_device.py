@@ -1,0 +1,67 @@
+"""The whole step on a device whose memory the CPU cannot touch, with the CPU's kernels behind it: the CPU's tokens."""
+
+import signal
+
+import pytest
+
+from tests.system import mock_device
+
+PREDICT = ["predict/predictor.py", "--prompt", "This module provides", "--max_length", "8", "--dtype", "bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runtime")
+    mock_device.build(folder)
+    return folder
+
+
+def test_a_process_with_the_device_passes_its_own_tests(runtime, exported):
+    """Those of on_mock_device.py, which need the device from the import of Paddle on."""
+    artifacts = {f"EXPORTED_{name}": str(exported("bfloat16", name or None)) for name in ("", "weight_only_int8")}
+    done = mock_device.run(["-m", "pytest", "-q", "-x", "tests/system/on_mock_device.py"], runtime, **artifacts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_the_cpu_cannot_touch_what_is_on_the_device(runtime):
+    place = "from ops.device import gpu_place; import paddle; x = paddle.to_tensor([1.0], place=gpu_place()); "
+    touch = "import ctypes; print(x.numpy(), flush=True); ctypes.c_float.from_address(x.data_ptr()).value"
+    done = mock_device.run(["-c", place + touch], runtime)
+    assert done.stdout.startswith("[1.]\n")  # a copy can be read; then Paddle tells of the crash
+    assert done.returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_the_command_line_answers_as_on_the_cpu(runtime, exported, mode):
+    model = ["--model_name_or_path", str(exported("bfloat16", None))] if mode == "static" else []
+    answers = {}
+    for device in ("cpu", "gpu"):
+        done = mock_device.run([*PREDICT, "--mode", mode, *model, "--device", device], runtime)
+        assert done.returncode == 0, done.stderr
+        assert ("pm_mock:0, ready" in done.stderr) == (device == "gpu")
+        answers[device] = done.stdout
+    assert answers["gpu"] == answers["cpu"] != ""
+
+
+def test_no_runtime_is_one_sentence(tmp_path):
+    done = mock_device.run([*PREDICT, "--device", "gpu"], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: --device gpu: there is no CUDA runtime in {tmp_path}: it was"
+    )
+    assert "install the CUDA toolkit" in done.stderr
+    assert "or use --device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_paddle_imported_too_early_is_one_sentence(runtime):
+    early = "import paddle; from predict.llm import LLM; LLM('configs/demo', device='gpu')"
+    done = mock_device.run(["-c", early], runtime)
+    assert "ValueError: Paddle was imported before it could be told of" in done.stderr
+
+
+def test_float32_is_refused_on_a_device(runtime):
+    done = mock_device.run([*PREDICT[:-1], "float32", "--device", "gpu"], runtime)
+    assert "error: dtype is float32, the kernels of a GPU need bfloat16; use --dtype bfloat16" in done.stderr
