@@ -22,7 +22,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Built in isolation, as the README says: some dependencies of paddlenlp can only be built so.
-$(READY): $(BIN)/python pyproject.toml setup.py cuda_flags.py $(SOURCES)
+$(READY): $(BIN)/python pyproject.toml setup.py ops/csrc/nvcc.py $(SOURCES)
 	PADDLE_MIXTRAL_WERROR=1 $(BIN)/pip install -q -e ".[test,lint]"
 	@touch $@
 

@@ -4,12 +4,12 @@ Where nvcc is found also ops/device/libpm_cuda.so, with which the Paddle for CPU
 """
 
 import importlib.metadata
-import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,11 +17,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip leaves it out
-import cuda_flags  # noqa: E402
+from ops.csrc import nvcc  # noqa: E402
 
 INCLUDE = ROOT / "ops" / "csrc" / "kernels" / "include"
 CPU_KERNELS = ROOT / "ops" / "csrc" / "kernels" / "cpu"
-CUDA_KERNELS = ROOT / "ops" / "csrc" / "kernels" / "cuda"
 DEVICE = ROOT / "ops" / "csrc" / "device"
 BINDINGS = ROOT / "ops" / "csrc" / "paddle"
 
@@ -67,8 +66,8 @@ def paddle_requirement() -> list[str]:
     return [] if "paddlepaddle-gpu" in installed else ["paddlepaddle==3.3.1"]
 
 
-NO_CUDA = cuda_flags.Toolkit("", [], [])
-Job = tuple[str, Path, Path, list[str]]  # compiler, source, folder of the object, flags
+Command = Callable[[Path, Path], list[str]]  # of a source and its object
+Job = tuple[Path, Path, Command]  # source, object within the build folder, how it is made
 
 
 class BuildOperators(build_ext):
@@ -80,24 +79,24 @@ class BuildOperators(build_ext):
     def build_extension(self, extension: Extension) -> None:
         import paddle
 
-        toolkit = cuda_flags.find_toolkit()
         try:
-            archs = cuda_flags.wanted_archs(toolkit is not None)
+            archs = nvcc.wanted_architectures()
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         if archs:
-            self.announce(f"CUDA kernels for {', '.join(f'sm_{a}' for a in archs)} by {toolkit.nvcc}", logging.WARN)
+            print(f"CUDA kernels for {', '.join(f'sm_{a}' for a in archs)}, by {nvcc.find()}")
         else:
-            why = "there is no nvcc" if toolkit is None else f"{cuda_flags.ARCHS_VARIABLE} is empty"
-            self.announce(f"no CUDA kernels: {why}", logging.WARN)
+            why = f"{nvcc.ARCHITECTURES_VARIABLE} is empty" if nvcc.find() else nvcc.MISSING
+            print(f"no CUDA kernels: {why}")
+        cuda = nvcc.folders()
         include = paddle.sysconfig.get_include()
-        headers = [f"-isystem{folder}" for folder in [include, f"{include}/third_party", *(toolkit or NO_CUDA).include]]
+        headers = [f"-isystem{folder}" for folder in (include, f"{include}/third_party", *cuda.include)]
         # nvcc takes longest, so its files come first.
-        jobs = [*self._cuda_jobs(toolkit, archs), *self._cpu_jobs()]
+        jobs = [*self._cuda_jobs(archs), *self._cpu_jobs()]
         # Of a Paddle for GPUs the headers include CUDA's; the one for CPUs drives them as CustomDevices.
         paddle_is = "-DPADDLE_WITH_CUDA" if paddle.is_compiled_with_cuda() else "-DPADDLE_WITH_CUSTOM_DEVICE"
         flags = [*BINDING_FLAGS, paddle_is, *headers]
-        jobs += [("g++", source, Path("paddle"), flags) for source in sorted(BINDINGS.glob("*.cc"))]
+        jobs += [_gxx(source, Path("paddle"), flags) for source in sorted(BINDINGS.glob("*.cc"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
         target = Path(self.get_ext_fullpath(extension.name))
@@ -105,8 +104,8 @@ class BuildOperators(build_ext):
         cuda_runtime = []
         if archs:
             # Linked in and its names hidden: the library loads where there is no CUDA, and beside another one.
-            folders = [f"-L{folder}" for folder in toolkit.libraries]
-            cuda_runtime = ["-Wl,--exclude-libs,ALL", *folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+            found = [f"-L{folder}" for folder in cuda.libraries]
+            cuda_runtime = ["-Wl,--exclude-libs,ALL", *found, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
         libraries = [f"-L{paddle.sysconfig.get_lib()}", f"-L{Path(paddle.__file__).parent / 'base'}", "-l:libpaddle.so"]
         self.compiler.link_shared_object(
             objects, str(target), extra_postargs=["-fopenmp", *cuda_runtime, "-lrt", *libraries], target_lang="c++"
@@ -122,25 +121,28 @@ class BuildOperators(build_ext):
     def _cpu_jobs(self) -> Iterator[Job]:
         for source in sorted(CPU_KERNELS.glob("*.cc")):
             for isa, flags in ({"baseline": []} if source.name in BASELINE_ONLY else ISA_FLAGS).items():
-                yield "g++", source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags]
+                yield _gxx(source, Path("kernels") / isa, [*KERNEL_FLAGS, *flags])
 
-    def _cuda_jobs(self, toolkit: cuda_flags.Toolkit | None, archs: list[str]) -> Iterator[Job]:
-        flags = [*cuda_flags.NVCC_FLAGS, *cuda_flags.gencode(archs)]
-        if os.environ.get("PADDLE_MIXTRAL_WERROR"):
-            flags += cuda_flags.WARNINGS_ARE_ERRORS
-        for source in sorted(CUDA_KERNELS.glob("*.cu")) if archs else ():
-            yield toolkit.nvcc, source, Path("kernels") / "cuda" / "-".join(archs), flags
+    def _cuda_jobs(self, archs: list[str]) -> Iterator[Job]:
+        strict = bool(os.environ.get("PADDLE_MIXTRAL_WERROR"))
+        for source in nvcc.sources() if archs else ():
+            target = Path("kernels") / "cuda" / "-".join(archs) / f"{source.stem}.o"
+            yield source, target, partial(nvcc.compile_command, architectures=nvcc.code_for(archs), strict=strict)
 
-    def _compile(self, compiler: str, source: Path, folder: Path, flags: list[str]) -> str:
-        """Compiles one file into its own folder, unless the object is newer than the source and every header it may
-        include: those beside it and the C ABI's."""
-        target = Path(self.build_temp) / folder / f"{source.stem}.o"
+    def _compile(self, source: Path, target: Path, command: Command) -> str:
+        """Compiles one file, unless the object is newer than the source and every header it may include: those beside
+        it and the C ABI's."""
+        target = Path(self.build_temp) / target
         headers = [*source.parent.glob("*.h"), *source.parent.glob("*.cuh"), *INCLUDE.glob("*.h")]
-        newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", ROOT / "cuda_flags.py", *headers])
+        newest = max(p.stat().st_mtime for p in [source, ROOT / "setup.py", Path(nvcc.__file__), *headers])
         if not target.exists() or target.stat().st_mtime <= newest:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([compiler, *flags, "-c", str(source), "-o", str(target)])
+            self.spawn(command(source, target))
         return str(target)
+
+
+def _gxx(source: Path, folder: Path, flags: list[str]) -> Job:
+    return source, folder / f"{source.stem}.o", lambda s, target: ["g++", *flags, "-c", str(s), "-o", str(target)]
 
 
 if __name__ == "__main__":

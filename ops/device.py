@@ -43,32 +43,20 @@ class Runtime:
         return h2d, d2h, d2d
 
 
-def gpu_place(rank: int = 0) -> Place:
-    """Where rank number ``rank`` of this machine has its GPU; ranks share where there are fewer.
+def gpu_place() -> Place:
+    """The first GPU; CUDA_VISIBLE_DEVICES says which that is.
 
     Raises:
         ValueError: there is none, or no kernels for it; says how to get them.
     """
-    count = gpu_count()
-    if count == 0:
-        raise ValueError("this machine shows no NVIDIA GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES); use --device cpu")
     cuda = paddle.is_compiled_with_cuda()
-    place = Place()
-    place.set_place(paddle.CUDAPlace(rank % count) if cuda else paddle.CustomPlace(runtime().name, rank % count))
-    return place
-
-
-def gpu_count() -> int:
-    """GPUs that this process can use.
-
-    Raises:
-        ValueError: there can be none: no kernels were built, or no runtime is loaded.
-    """
-    if not paddle.is_compiled_with_cuda():
-        return get_custom_device_count(runtime().name)
-    if not LIBRARY.pm_cuda_kernels():
+    if cuda and not LIBRARY.pm_cuda_kernels():
         raise ValueError(f"the operators were built without CUDA kernels; {BUILD}")
-    return paddle.device.cuda.device_count()
+    if (paddle.device.cuda.device_count() if cuda else get_custom_device_count(runtime().name)) == 0:
+        raise ValueError("this machine shows no NVIDIA GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES); use --device cpu")
+    place = Place()
+    place.set_place(paddle.CUDAPlace(0) if cuda else paddle.CustomPlace(runtime().name, 0))
+    return place
 
 
 def device_name(place: Place) -> str:

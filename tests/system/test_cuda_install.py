@@ -6,16 +6,16 @@ from pathlib import Path
 import paddle
 import pytest
 
-import cuda_flags
 import ops
+from ops.csrc import nvcc
 from tests.system import mock_device
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLKIT = cuda_flags.find_toolkit()
+NVCC = nvcc.find()
 
 
 @pytest.mark.parametrize(
-    ("asked", "nvcc", "archs"),
+    ("asked", "there_is_nvcc", "wanted"),
     [
         (None, True, ["80", "90a"]),
         (None, False, []),
@@ -25,40 +25,35 @@ TOOLKIT = cuda_flags.find_toolkit()
         ("80;100a;120f", True, ["80", "100a", "120f"]),
     ],
 )
-def test_architectures_are_those_asked_for(monkeypatch, asked, nvcc, archs):
-    monkeypatch.delenv(cuda_flags.ARCHS_VARIABLE, raising=False)
+def test_architectures_are_those_asked_for(monkeypatch, asked, there_is_nvcc, wanted):
+    monkeypatch.setattr(nvcc, "find", lambda: "nvcc" if there_is_nvcc else None)
+    monkeypatch.delenv(nvcc.ARCHITECTURES_VARIABLE, raising=False)
     if asked is not None:
-        monkeypatch.setenv(cuda_flags.ARCHS_VARIABLE, asked)
-    assert cuda_flags.wanted_archs(nvcc) == archs
+        monkeypatch.setenv(nvcc.ARCHITECTURES_VARIABLE, asked)
+    assert nvcc.wanted_architectures() == wanted
 
 
 @pytest.mark.parametrize(
-    ("asked", "nvcc", "message"),
+    ("asked", "message"),
     [
-        ("90a", False, r"asks for CUDA kernels \(90a\), but there is no nvcc .*; install the CUDA toolkit, or leave"),
-        ("75", True, "is '75', needs numbers of 80 or more such as 80;90a"),
-        ("sm_90", True, "is 'sm_90', needs numbers of 80 or more"),
-        ("90,80", True, "is '90,80', needs numbers of 80 or more"),
+        ("90a", r"asks for CUDA kernels \(90a\), but nvcc is not in CUDA_HOME, .*; install the CUDA toolkit, .* alone"),
+        ("75", "is '75', needs numbers from 80 on, such as 80;90a"),
+        ("sm_90", "is 'sm_90', needs numbers from 80 on"),
+        ("90,80", "is '90,80', needs numbers from 80 on"),
     ],
 )
-def test_what_cannot_be_built_is_refused(monkeypatch, asked, nvcc, message):
-    monkeypatch.setenv(cuda_flags.ARCHS_VARIABLE, asked)
+def test_what_cannot_be_built_is_refused(monkeypatch, asked, message):
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    monkeypatch.setenv(nvcc.ARCHITECTURES_VARIABLE, asked)
     with pytest.raises(ValueError, match=f"PADDLE_MIXTRAL_CUDA_ARCHS {message}"):
-        cuda_flags.wanted_archs(nvcc)
+        nvcc.wanted_architectures()
 
 
-def test_newer_gpus_can_compile_what_was_built_for_older_ones():
-    assert cuda_flags.gencode(["80", "90a"]) == [
-        *("-gencode", "arch=compute_80,code=[sm_80,compute_80]"),
-        *("-gencode", "arch=compute_90a,code=sm_90a"),
-    ]
-
-
-@pytest.mark.skipif(TOOLKIT is None, reason="the headers of a Paddle for GPUs include CUDA's, and there is no nvcc")
+@pytest.mark.skipif(NVCC is None, reason="the headers of a Paddle for GPUs include CUDA's, and there is no nvcc")
 def test_bindings_compile_for_paddlepaddle_gpu():
     """One of them: all differences are in target.h."""
     include = paddle.sysconfig.get_include()
-    headers = [f"-isystem{folder}" for folder in (include, f"{include}/third_party", *TOOLKIT.include)]
+    headers = [f"-isystem{folder}" for folder in (include, f"{include}/third_party", *nvcc.folders().include)]
     flags = ["-std=c++17", "-w", "-fsyntax-only", "-DPADDLE_WITH_CUSTOM_KERNEL", "-DPADDLE_NO_PYTHON"]
     source = ROOT / "ops" / "csrc" / "paddle" / "norm.cc"
     subprocess.run(["g++", *flags, "-DPADDLE_WITH_CUDA", *headers, source], check=True)
