@@ -11,6 +11,7 @@ from ops import reference
 from ops.attention import append_attention
 from ops.library import num_threads, set_num_threads
 from tests.ops.instruction_sets import digests
+from tests.ops.sizes import ATTENTION, WINDOWS
 
 # float32 dot products and softmax sums in another order; results are averages of values of order one.
 FLOAT32_TOLERANCE = 3e-6
@@ -100,11 +101,8 @@ def textbook(heads: Heads, qkv: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("window", [0, 1, 7, 33])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(4, 1, 2, 8), (6, 6, 24, 16), (8, 2, 80, 16), (12, 2, 96, 32), (8, 2, 128, 64), (9, 1, 256, 128), (5, 1, 34, 5)],
-)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), ATTENTION)
 def test_append_attention_is_the_reference(num_heads, num_kv_heads, head_dim, block_size, window, dtype):
     heads = Heads(num_heads, num_kv_heads, head_dim, 1e4, window)
     lengths, contexts = [5, 0, 1, 40, 1], [3, 20, 37, 33, 0]

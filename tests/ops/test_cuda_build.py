@@ -1,4 +1,4 @@
-"""What nvcc says of the CUDA kernels: they compile for the GPUs we ship for, and those for few tokens spill no register."""
+"""What nvcc says of the CUDA kernels: they compile for every GPU shipped for; those for few tokens spill nothing."""
 
 import re
 import subprocess

@@ -10,20 +10,8 @@ from ops import library, reference
 from ops.linear import linear, weight_only_linear
 from ops.quantize import pack_bf16, pack_int8, packed_shape
 from tests.ops.instruction_sets import digests
+from tests.ops.sizes import LINEAR
 
-# K around the 16 lanes of a vector and the columns of tiles (32, 64); T around the panels (6, 12 tokens), tasks (48).
-SIZES = [
-    (1, 1, 1),
-    (1, 33, 16),
-    (2, 17, 15),
-    (3, 5, 100),
-    (6, 64, 512),
-    (7, 31, 513),
-    (13, 70, 1100),
-    (11, 33, 66),
-    (12, 32, 64),
-    (97, 40, 48),
-]
 THREADS = library.num_threads()
 
 
@@ -57,7 +45,7 @@ def assert_close(y, x, weight, out_dtype):
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), SIZES)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), LINEAR)
 def test_linear_is_the_reference(tokens, rows, columns, x_dtype, out_dtype):
     x = tensor(random(tokens, columns, seed=tokens), x_dtype)
     weight = tensor(random(rows, columns, seed=rows), "float32")
@@ -84,7 +72,7 @@ def assert_same_bits(y, expected):
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [*SIZES, (300, 9, 14001)])  # more than a block holds
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [*LINEAR, (300, 9, 14001)])  # more than a block holds
 def test_linear_bf16_is_the_reference(tokens, rows, columns, out_dtype):
     x = reference.round_bf16(random(tokens, columns, seed=tokens))
     packed, weight = bf16(random(rows, columns, seed=rows))
@@ -127,7 +115,7 @@ def int8(weight):
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), SIZES)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), LINEAR)
 def test_weight_only_linear_is_the_reference(tokens, rows, columns, x_dtype, out_dtype, bits):
     x = tensor(random(tokens, columns, seed=tokens), x_dtype)
     packed, scale, q = int8(random(rows, columns, seed=rows))

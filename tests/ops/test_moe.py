@@ -10,9 +10,8 @@ from ops import library, reference
 from ops.moe import fused_moe
 from ops.quantize import gate_up_shape, pack_bf16, pack_gate_up, pack_int8, packed_shape
 from tests.ops.instruction_sets import digests
+from tests.ops.sizes import FUSED_MOE
 
-# (T, H, I, E): E not a power of two, H and I not multiples of 16, more tokens than a panel (6) and a task (48) hold.
-SIZES = [(1, 16, 16, 1), (1, 77, 33, 5), (2, 64, 48, 3), (9, 40, 530, 8), (30, 531, 70, 3), (130, 35, 50, 17)]
 # Sums of some hundred float32 products of order one, passed through two layers; relative to the largest result. With
 # int8 the sums are exact, but an h that differs in its last bit may be rounded to another of its row's 32,639 steps.
 # With 8 bits ("a8w8") such a step is 1 / 127, far beyond this, which so tells 8 bits from 16; but it takes an h within
@@ -81,7 +80,7 @@ def assert_is_the_reference(layer, x, top_k):
     ("x_dtype", "w_dtype"),
     [(x, w) for x in ("float32", "bfloat16") for w in ("float32", "int8", "a8w8")] + [("bfloat16", "bfloat16")],
 )
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate", "experts"), SIZES)
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate", "experts"), FUSED_MOE)
 def test_fused_moe_is_the_reference(tokens, hidden, intermediate, experts, x_dtype, w_dtype):
     layer = Layer(hidden, intermediate, experts, w_dtype, seed=hidden)
     assert_is_the_reference(layer, tokens_of(tokens, hidden, x_dtype), min(2, experts))

@@ -6,8 +6,8 @@ import pytest
 
 from ops import reference
 from ops.norm import add_rms_norm, rms_norm
+from tests.ops.sizes import RMS_NORM
 
-SIZES = [(1, 1), (1, 15), (3, 16), (5, 77), (2, 4096), (33, 130)]
 # float32 sums in another order: a few units in the last place of values of order one.
 FLOAT32_TOLERANCE = 2e-6
 # Half a unit in the last place of bfloat16 (8 bits), relative.
@@ -18,14 +18,14 @@ def random(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+@pytest.mark.parametrize(("tokens", "hidden"), RMS_NORM)
 def test_rms_norm_is_the_reference(tokens, hidden):
     x, weight = random(tokens, hidden, seed=hidden), random(hidden, seed=1)
     y = rms_norm(paddle.to_tensor(x), paddle.to_tensor(weight), 1e-5, "float32")
     np.testing.assert_allclose(y.numpy(), reference.rms_norm(x, weight, 1e-5), rtol=FLOAT32_TOLERANCE, atol=1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+@pytest.mark.parametrize(("tokens", "hidden"), RMS_NORM)
 def test_add_rms_norm_is_the_reference(tokens, hidden):
     x, delta, weight = random(tokens, hidden, seed=2), random(tokens, hidden, seed=3), random(hidden, seed=4)
     y, total = add_rms_norm(paddle.to_tensor(x), paddle.to_tensor(delta), paddle.to_tensor(weight), 1e-5, "bfloat16")

@@ -9,50 +9,17 @@ import pytest
 from ops import reference
 from ops.library import num_threads, set_num_threads
 from ops.sampling import FLOAT_COLUMNS, INT_COLUMNS, MAX_TOP_LOGPROBS, sample
+from tests.ops import sampling_rows
 from tests.ops.instruction_sets import digests
+from tests.ops.sizes import SAMPLE
 
-FLOAT_DEFAULTS = dict(zip(FLOAT_COLUMNS, (0.0, 1.0, 0.0, 1.0, 0.0, 0.0), strict=True))
-INT_DEFAULTS = dict(zip(INT_COLUMNS, (0, 0, 0, -1, 0, 0), strict=True))
 # The float32 exponentials are within 2 units in the last place, their float64 sum and its logarithm far closer; the
 # result is one rounding of a number up to about 20.
 LOGPROB_TOLERANCE = 3e-6
 
 
-class Rows:
-    """Rows of logits with their sampling parameters, given by name, as the operator takes them."""
-
-    def __init__(
-        self,
-        logits,
-        parameters: list[dict],
-        histories: list[list[int]] | None = None,
-        biases: list[dict[int, float]] | None = None,
-    ):
-        self.logits = np.asarray(logits, np.float32)
-        self.floats = np.array([[{**FLOAT_DEFAULTS, **p}[n] for n in FLOAT_COLUMNS] for p in parameters], np.float32)
-        self.ints = np.array([[{**INT_DEFAULTS, **p}[n] for n in INT_COLUMNS] for p in parameters], np.int64)
-        histories = histories or [[] for _ in parameters]
-        self.history_ids = np.array([token for history in histories for token in history], np.int32)
-        self.history_offsets = np.cumsum([0, *map(len, histories)]).astype(np.int32)
-        biases = biases or [{} for _ in parameters]
-        self.bias_ids = np.array([token for bias in biases for token in bias], np.int32)
-        self.bias_values = np.array([value for bias in biases for value in bias.values()], np.float32)
-        self.bias_offsets = np.cumsum([0, *map(len, biases)]).astype(np.int32)
-
-    def arrays(self):
-        history = self.history_ids, self.history_offsets
-        return self.logits, self.floats, self.ints, *history, self.bias_ids, self.bias_values, self.bias_offsets
-
-    def row(self, s: int) -> "Rows":
-        """Row s alone."""
-        alone = Rows(self.logits[s : s + 1], [{}])
-        alone.floats, alone.ints = self.floats[s : s + 1], self.ints[s : s + 1]
-        alone.history_ids = self.history_ids[slice(*self.history_offsets[s : s + 2])]
-        alone.history_offsets = np.array([0, len(alone.history_ids)], np.int32)
-        biases = slice(*self.bias_offsets[s : s + 2])
-        alone.bias_ids, alone.bias_values = self.bias_ids[biases], self.bias_values[biases]
-        alone.bias_offsets = np.array([0, len(alone.bias_ids)], np.int32)
-        return alone
+class Rows(sampling_rows.Rows):
+    """Rows that the operator samples from."""
 
     def sample(self) -> list[np.ndarray]:
         """next_tokens, logprobs, top_ids and top_logprobs."""
@@ -61,48 +28,19 @@ class Rows:
         return [x.numpy() for x in outputs]
 
 
+def test_the_columns_are_those_of_the_rows():
+    assert tuple(sampling_rows.FLOAT_DEFAULTS) == tuple(FLOAT_COLUMNS)
+    assert tuple(sampling_rows.INT_DEFAULTS) == tuple(INT_COLUMNS)
+
+
 def tokens_of(logits, *parameters: dict, histories=None, biases=None) -> list[int]:
     """The tokens of rows with the same logits."""
     return Rows([logits] * len(parameters), list(parameters), histories, biases).sample()[0].tolist()
 
 
-def random_rows(count: int, vocabulary: int, seed: int) -> Rows:
-    """Rows with every parameter on or off by chance; some logits tie, some are masked."""
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal((count, vocabulary)) * rng.choice([0.5, 3.0, 10.0], (count, 1))
-    logits = np.where(rng.random((count, 1)) < 0.3, np.round(logits), logits)
-    masked = rng.random((count, vocabulary)) < rng.choice([0.0, 0.5], (count, 1))
-    left = rng.integers(0, vocabulary, count)
-    masked[np.arange(count), left] = False
-    logits[masked] = -np.inf
-    parameters, histories, biases = [], [], []
-    for s in range(count):
-        history = rng.integers(0, vocabulary, rng.choice([0, 1, 30])).tolist()
-        choices = {
-            "temperature": rng.choice([0.0, 0.3, 1.0, 2.5]),
-            "top_p": rng.choice([1.0, 0.999, 0.9, 0.4, 1e-6]),
-            "min_p": rng.choice([0.0, 0.05, 0.7]),
-            "repetition_penalty": rng.choice([1.0, 1.3, 0.8]),
-            "presence_penalty": rng.choice([0.0, 0.6, -0.4]),
-            "frequency_penalty": rng.choice([0.0, 0.2]),
-            "seed": rng.integers(-(2**63), 2**63 - 1),
-            "position": rng.integers(0, 2**40),
-            "top_k": rng.choice([0, 1, 3, 50, vocabulary, vocabulary + 7]),
-            "forced_token": rng.choice([-1] * 9 + [vocabulary - 1]),
-            "prompt_len": rng.integers(0, len(history) + 1),
-            "top_logprobs": rng.choice([0, 0, 1, 5, MAX_TOP_LOGPROBS]),
-        }
-        parameters.append(choices)
-        histories.append(history)
-        biased = rng.integers(0, vocabulary, rng.choice([0, 0, 1, 40])).tolist()
-        values = rng.choice([-np.inf, -2.5, 0.0, 1.0, 100.0], len(biased)).tolist()
-        biases.append({**dict(zip(biased, values, strict=True)), int(left[s]): 0.5} if biased else {})
-    return Rows(logits, parameters, histories, biases)
-
-
-@pytest.mark.parametrize(("count", "vocabulary"), [(40, 1), (200, 2), (300, 17), (300, 100), (100, 1000), (20, 32000)])
+@pytest.mark.parametrize(("count", "vocabulary"), SAMPLE)
 def test_sample_is_the_reference(count, vocabulary):
-    rows = random_rows(count, vocabulary, seed=vocabulary)
+    rows = Rows.random(count, vocabulary, seed=vocabulary)
     tokens, logprobs, top_ids, top_logprobs = rows.sample()
     expected_tokens, expected_logprobs, expected_top_ids, expected_top_logprobs = reference.sample(*rows.arrays())
     np.testing.assert_array_equal(tokens, expected_tokens)
@@ -218,7 +156,7 @@ def test_logprob_is_of_the_logits_as_given():
 
 
 def test_neighbours_and_threads_do_not_change_a_bit():
-    rows = random_rows(60, 300, seed=3)
+    rows = Rows.random(60, 300, seed=3)
     before = num_threads()
     try:
         set_num_threads(3)
@@ -233,7 +171,7 @@ def test_neighbours_and_threads_do_not_change_a_bit():
 
 def digest() -> str:
     """SHA-256 of all that sampling gives: compared between instruction sets."""
-    results = [random_rows(50, vocabulary, seed=8).sample() for vocabulary in (5, 1001)]
+    results = [Rows.random(50, vocabulary, seed=8).sample() for vocabulary in (5, 1001)]
     return hashlib.sha256(b"".join(x.tobytes() for outputs in results for x in outputs)).hexdigest()
 
 

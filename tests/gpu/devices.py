@@ -1,0 +1,113 @@
+"""Where kernels run: a GPU through PyTorch's memory, or this processor through the emulation of CUDA.
+
+A device has `kernels`, `stream`, array(x) and empty(shape, dtype), which give an object with `pointer` and `numpy()`,
+and workspace(bytes).
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ops.csrc import nvcc
+from tests.gpu.table import Kernels
+from tests.ops.cuda_emulation import ROOT, Emulation, build
+
+
+class Array(Protocol):
+    """An array in the device's memory."""
+
+    pointer: int
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, once the work enqueued before is done."""
+
+
+class Device(Protocol):
+    """A device and its memory."""
+
+    kernels: Kernels
+    stream: int | None
+
+    def array(self, x: np.ndarray) -> Array: ...
+
+    def empty(self, shape: tuple[int, ...], dtype: type) -> Array: ...
+
+    def workspace(self, bytes: int) -> Array:
+        """Memory with other contents at every call."""
+
+
+class _EmulatedArray:
+    """Host memory that ends at a page nothing may touch, full of a pattern that is not a number."""
+
+    def __init__(self, emulation: Emulation, shape: tuple[int, ...], dtype: type) -> None:
+        self.emulation, self.shape, self.dtype = emulation, shape, np.dtype(dtype)
+        self.bytes = int(np.prod(shape)) * self.dtype.itemsize
+        self.pointer = emulation.library.pm_emulation_allocate(self.bytes)
+
+    def view(self) -> np.ndarray:
+        buffer = (ctypes.c_char * self.bytes).from_address(self.pointer)
+        return np.frombuffer(buffer, self.dtype).reshape(self.shape)
+
+    def numpy(self) -> np.ndarray:
+        return self.view().copy()
+
+    def __del__(self) -> None:
+        self.emulation.library.pm_emulation_free(self.pointer, self.bytes)
+
+
+class EmulatedDevice:
+    """The kernels compiled by g++ on the emulation of CUDA (tests/ops/cuda_emulation)."""
+
+    name = "emulation"
+    stream = None
+
+    def __init__(self) -> None:
+        path = build("kernels", nvcc.sources())
+        self.emulation, self.kernels = Emulation(path), Kernels(path)
+
+    def empty(self, shape: tuple[int, ...], dtype: type) -> _EmulatedArray:
+        return _EmulatedArray(self.emulation, shape, dtype)
+
+    def array(self, x: np.ndarray) -> _EmulatedArray:
+        made = self.empty(x.shape, x.dtype)
+        made.view()[...] = x
+        return made
+
+    def workspace(self, bytes: int) -> _EmulatedArray:
+        # 256-byte aligned: the end is, so a size that is a multiple begins so.
+        return self.empty((-(-bytes // 256) * 256,), np.uint8)
+
+
+class _TorchArray:
+    def __init__(self, tensor, shape: tuple[int, ...], dtype: type) -> None:
+        self.tensor, self.shape, self.dtype, self.pointer = tensor, shape, dtype, tensor.data_ptr()
+
+    def numpy(self) -> np.ndarray:
+        return self.tensor.cpu().numpy().view(self.dtype).reshape(self.shape)
+
+
+class TorchDevice:
+    """One GPU, its memory and its stream through PyTorch; the kernels compiled by nvcc for this GPU alone."""
+
+    def __init__(self) -> None:
+        import torch
+
+        path = ROOT / "build" / "gpu" / "libpaddle_mixtral_cuda.so"
+        nvcc.build_library(path, nvcc.NATIVE)
+        self.torch, self.kernels = torch, Kernels(Path(path))
+        self.name = torch.cuda.get_device_name()
+        self.stream = torch.cuda.current_stream().cuda_stream
+
+    def empty(self, shape: tuple[int, ...], dtype: type) -> _TorchArray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        tensor = self.torch.full((size,), 0xFF, dtype=self.torch.uint8, device="cuda")  # not a number
+        return _TorchArray(tensor, shape, dtype)
+
+    def array(self, x: np.ndarray) -> _TorchArray:
+        bytes_ = np.frombuffer(bytearray(x.tobytes()), np.uint8)
+        return _TorchArray(self.torch.from_numpy(bytes_).cuda(), x.shape, x.dtype)
+
+    def workspace(self, bytes: int) -> _TorchArray:
+        return self.empty((bytes,), np.uint8)
