@@ -10,7 +10,6 @@ from tests.gpu.case import Case, assert_same_bits, assert_within, normal
 from tests.gpu.devices import Device
 from tests.gpu.floats import NAMES, ROUNDING, STORED, decode, encode
 from tests.gpu.table import BF16, F16, F32, I8
-from tests.gpu.weights import pack_16
 from tests.ops.sizes import LINEAR
 
 # (T, N, K) beside the CPU's: the tokens of an mma (8), of a decode launch and of a block of many; strips of 32 rows;
@@ -51,7 +50,11 @@ def make(device: Device, dtype: int, kind: Weight, rows: int, columns: int) -> t
     values = normal(rows, rows, columns)
     if kind.bits is None:
         stored = encode(values, dtype)
-        return (device.array(pack_16(stored)), dtype, None, None), decode(stored, dtype), np.ones(rows, np.float32)
+        return (
+            (device.array(reference.pack_bf16(stored)), dtype, None, None),
+            decode(stored, dtype),
+            np.ones(rows, np.float32),
+        )
     q, scale = reference.quantize_int8(values)
     return (device.array(reference.pack_int8(q)), I8, device.array(scale), kind.bits), q, scale
 

@@ -10,7 +10,6 @@ from tests.gpu.devices import Device
 from tests.gpu.floats import NAMES, ROUNDING, decode, encode
 from tests.gpu.linear_cases import WEIGHTS, Weight
 from tests.gpu.table import BF16, F16, I8
-from tests.gpu.weights import pack_16, pack_gate_up_16
 from tests.ops.sizes import FUSED_MOE
 
 # Sizes of tiles beside the CPU's; (64, ...) and (200, ...) give an expert more tokens than one block of many has.
@@ -33,13 +32,12 @@ class Layer:
         if kind.bits:
             quantised = [[reference.quantize_int8(expert) for expert in w] for w in (w13, w2)]
             (w13, s13), (w2, s2) = [[np.stack(part) for part in zip(*w, strict=True)] for w in quantised]
-            packed = [[reference.pack_gate_up(q) for q in w13], [reference.pack_int8(q) for q in w2]]
             self.scales = [device.array(s13), device.array(s2)]
-            self.exact = [gate, w13, w2, s13, s2]
+            pack, self.exact = reference.pack_int8, [gate, w13, w2, s13, s2]
         else:
             w13, w2 = encode(w13, dtype), encode(w2, dtype)
-            packed = [[pack_gate_up_16(w) for w in w13], [pack_16(w) for w in w2]]
-            self.exact = [gate, decode(w13, dtype), decode(w2, dtype)]
+            pack, self.exact = reference.pack_bf16, [gate, decode(w13, dtype), decode(w2, dtype)]
+        packed = [reference.pack_gate_up(w) for w in w13], [pack(w) for w in w2]
         self.packed = [np.stack(w) for w in packed]
         self.weights = [device.array(w) for w in self.packed]
 
