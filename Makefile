@@ -3,7 +3,9 @@
 # make lint   ruff, mypy, clang-format
 # make bench-peers   this and other engines side by side; PEERS holds flags (tests/benchmarks/peers/README.md)
 # make bench-serving   the engine under a server's load; SERVING holds flags (tests/benchmarks/serving/README.md)
-# Each makes the virtual environment $(VENV) first where it is missing. PYTHON chooses the interpreter.
+# make test-gpu   the CUDA kernels on this machine's GPU; $(PYTHON) needs NumPy and PyTorch alone. GPU holds flags (--help)
+# make bench-gpu   their times against what the GPU does at best; the same
+# The others make the virtual environment $(VENV) first where it is missing. PYTHON chooses the interpreter.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,7 +14,7 @@ READY := $(VENV)/ready
 SOURCES := $(wildcard ops/csrc/*/*.cc ops/csrc/*/*.h $(foreach kind,cc h cu cuh,ops/csrc/kernels/*/*.$(kind)))
 DEMO := build/demo
 
-.PHONY: demo test lint bench-peers bench-serving setup clean
+.PHONY: demo test lint bench-peers bench-serving test-gpu bench-gpu setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -47,13 +49,19 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/ops/*.cc
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/ops/*.cc tests/ops/cuda_emulation/*.[hc]*
 
 bench-peers: $(READY)
 	$(BIN)/python -m tests.benchmarks.peers $(PEERS)
 
 bench-serving: $(READY)
 	$(BIN)/python -m tests.benchmarks.serving $(SERVING)
+
+test-gpu:
+	$(PYTHON) -m tests.gpu $(GPU)
+
+bench-gpu:
+	$(PYTHON) -m tests.gpu.bench $(GPU)
 
 clean:
 	rm -rf build log .venv ops/*.so ops/device *.egg-info

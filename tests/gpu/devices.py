@@ -106,8 +106,8 @@ class TorchDevice:
         return _TorchArray(tensor, shape, dtype)
 
     def array(self, x: np.ndarray) -> _TorchArray:
-        bytes_ = np.frombuffer(bytearray(x.tobytes()), np.uint8)
-        return _TorchArray(self.torch.from_numpy(bytes_).cuda(), x.shape, x.dtype)
+        bytes_ = x.reshape(-1).view(np.uint8).copy()
+        return _TorchArray(self.torch.from_numpy(bytes_).to("cuda"), x.shape, x.dtype)
 
     def workspace(self, bytes: int) -> _TorchArray:
         return self.empty((bytes,), np.uint8)
