@@ -60,8 +60,9 @@ struct ManyShape {
 // Groups: which tokens a block has, as WholeBatch. Out: store(group, strip, lane, rows, values), as RowsOut. w: [groups]
 // [strips][tiles][kTileBytes].
 template <class Format, int Tokens, class Groups, class Out>
-__global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows tokens, const unsigned char* w, int64_t strips,
-                                                                  int tiles, int64_t runs, Groups groups, Out out) {
+__global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
+    grouped_kernel(TokenRows tokens, const unsigned char* w, int64_t strips, int tiles, int64_t runs, Groups groups,
+                   Out out) {
   using Shape = ManyShape<Format, Tokens>;
   using Sum = typename Format::Sum;
   constexpr int P = Format::kPlanes, G = Shape::kWarpGroups;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows toke
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_strip = warp % (kBlockStrips / kWarpStrips) * kWarpStrips;
   const int warp_token = warp / (kBlockStrips / kWarpStrips) * G * kGroupTokens;
-  const int live = min(G, max(0, (run.count - warp_token + kGroupTokens - 1) / kGroupTokens));  // groups with a token
+  const bool live = warp_token < run.count;
   Sum sum[kWarpStrips][G][P][2][4] = {}, quarters[kWarpStrips][G][P][2][4] = {};
 
   for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
@@ -146,9 +147,9 @@ __global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows toke
     TileFragment fragment[kWarpStrips];
 #pragma unroll
     for (int s = 0; s < kWarpStrips; ++s) fragment[s] = load_tile(at + (warp_strip + s) * kTileBytes, lane);
+    if (live) {
 #pragma unroll
-    for (int n = 0; n < G; ++n)
-      if (n < live) {
+      for (int n = 0; n < G; ++n)
 #pragma unroll
         for (int plane = 0; plane < P; ++plane) {
           const int place = plane * Tokens + warp_token + n * kGroupTokens + lane / 4;
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows toke
 #pragma unroll
           for (int s = 0; s < kWarpStrips; ++s) multiply<Format>(sum[s][n][plane], fragment[s], of_lane);
         }
-      }
+    }
     if constexpr (!Format::kFixed) {
       if (--left == 0 || tile + 1 == tiles) {
         left = quarter_tiles(tiles);
@@ -177,28 +178,26 @@ __global__ void __launch_bounds__(kManyThreads, 1) grouped_kernel(TokenRows toke
 #pragma unroll
   for (int s = 0; s < kWarpStrips; ++s) {
     const int64_t strip = first_strip + warp_strip + s;
-    if (strip >= strips) continue;
+    if (strip >= strips || !live) continue;
 #pragma unroll
-    for (int n = 0; n < G; ++n)
-      if (n < live) {
-        float value[2][4];  // of tokens 2 t and 2 t + 1, of four rows that follow each other
-        int row[2];
+    for (int n = 0; n < G; ++n) {
+      float value[2][4];  // of tokens 2 t and 2 t + 1, of four rows that follow each other
+      int row[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int place = warp_token + n * kGroupTokens + lane % 4 * 2 + i;
-          row[i] = result_row[place];
+      for (int i = 0; i < 2; ++i) {
+        const int place = warp_token + n * kGroupTokens + lane % 4 * 2 + i;
+        row[i] = result_row[place];
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            Sum of_planes[P];
+        for (int r = 0; r < 4; ++r) {
+          Sum of_planes[P];
 #pragma unroll
-            for (int plane = 0; plane < P; ++plane)
-              of_planes[plane] = (Format::kFixed ? sum : quarters)[s][n][plane][r / 2][r % 2 * 2 + i];
-            value[i][r] =
-                product<Format>(of_planes, Format::kFixed ? scale[place] : 1.0f, Format::kFixed ? total[place] : 0);
-          }
+          for (int plane = 0; plane < P; ++plane)
+            of_planes[plane] = (Format::kFixed ? sum : quarters)[s][n][plane][r / 2][r % 2 * 2 + i];
+          value[i][r] = product<Format>(of_planes, Format::kFixed ? scale[place] : 1.0f, Format::kFixed ? total[place] : 0);
         }
-        out.store(run.group, strip, lane, row, value);
       }
+      out.store(run.group, strip, lane, row, value);
+    }
   }
 }
 

@@ -51,7 +51,7 @@ struct HiddenOut {
   __device__ void store(int expert, int64_t strip, int lane, const int (&rows)[2], const float (&value)[2][4]) const {
     const bool second = lane >= 16;
     const int64_t i = strip * kHalfTile + lane % 16 / 4 * 4;
-    const int row = rows[second];
+    const int row = second ? rows[1] : rows[0];
     float result[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {

@@ -42,9 +42,9 @@ struct Activations {
   }
 };
 
-// The largest and the sum over a block's threads, `Tokens` of each at once.
-constexpr int kBlockWarps = 8;  // of the largest block that prepares tokens
+constexpr int kBlockWarps = 16;  // of the largest block that prepares tokens
 
+// The largest and the sum over a block's threads, `Tokens` of each at once.
 template <int Tokens>
 struct TokenScratch {
   uint32_t largest[Tokens][kBlockWarps];  // bits of |x|
@@ -127,7 +127,7 @@ __device__ void prepare_token(const Activations& x, int64_t token, int tiles, To
   }
 }
 
-constexpr int kPrepareThreads = 256;
+constexpr int kPrepareThreads = 32 * kBlockWarps;
 
 // A block a token.
 template <class Format>
