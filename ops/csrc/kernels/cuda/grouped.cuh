@@ -19,6 +19,7 @@
 #define PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
 
 #include "tile.cuh"
+#include "vector.cuh"
 
 namespace pm::cuda {
 
@@ -220,7 +221,7 @@ struct RowsOut {
       float scaled_value[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) scaled_value[r] = n + r < N ? scaled(group, n + r, value[i][r]) : 0.0f;
-      store_four(y, dtype, row[i] * N + n, scaled_value, N - n, N % 4 == 0);
+      store_up_to_four(y, dtype, row[i] * N + n, scaled_value, (row[i] + 1) * N, N % 4 == 0);
     }
   }
 };

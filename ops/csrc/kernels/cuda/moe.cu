@@ -19,6 +19,7 @@
 #include "grouped.cuh"
 #include "route.cuh"
 #include "tokens.cuh"
+#include "vector.cuh"
 
 namespace pm::cuda {
 namespace {
@@ -64,10 +65,11 @@ struct HiddenOut {
       result[r] = i + r < I ? h_value : 0.0f;
     }
     if (row < 0) return;
-    store_four(h, dtype, row * stride + i, result, stride - i, stride % 4 == 0);
+    const int64_t end = (row + 1) * stride;
+    store_up_to_four(h, dtype, row * stride + i, result, end, stride % 4 == 0);
     if (!is_last(strip)) return;
     const float zeros[4] = {};
-    store_four(h, dtype, row * stride + i + kHalfTile, zeros, stride - i - kHalfTile, stride % 4 == 0);
+    store_up_to_four(h, dtype, row * stride + i + kHalfTile, zeros, end, stride % 4 == 0);
   }
 };
 

@@ -29,28 +29,6 @@ __device__ __forceinline__ void store_element(void* p, pm_dtype dtype, int64_t i
     static_cast<float*>(p)[i] = x;
 }
 
-// The first `count` of four elements from i on; whole: i is a multiple of four and all four may be written.
-__device__ __forceinline__ void store_four(void* p, pm_dtype dtype, int64_t i, const float (&x)[4], int64_t count,
-                                           bool whole) {
-  if (!whole) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-      if (r < count) store_element(p, dtype, i + r, x[r]);
-  } else if (count > 0) {
-    if (dtype == PM_F32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(p) + i) = make_float4(x[0], x[1], x[2], x[3]);
-    } else {
-      uint32_t bits[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        bits[r] =
-            dtype == PM_BF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x[r])) : __half_as_ushort(__float2half_rn(x[r]));
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p) + i) =
-          make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
-    }
-  }
-}
-
 // e^x: vec.h's polynomial, operation by operation.
 __device__ __forceinline__ float exp_as_cpu(float x) {
   constexpr float kLowest = -87.33654f;

@@ -7,6 +7,7 @@
 #define PADDLE_MIXTRAL_CUDA_TOKENS_CUH_
 
 #include "tile.cuh"
+#include "vector.cuh"
 
 namespace pm::cuda {
 
@@ -23,18 +24,16 @@ struct Activations {
     const int64_t at = token * K + k;
     if (K % kRun == 0 && k < K) {
       if (dtype == PM_F32) {
-        const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-        const float4 a = from[0], b = from[1];
+        const float* from = static_cast<const float*>(data) + at;
+        const float4 a = load_four(from), b = load_four(from + 4);
         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
         return;
       }
       const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at);
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const uint16_t bits = static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16));
-        v[i] = dtype == PM_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : to_float(__ushort_as_half(bits));
-      }
+      for (int i = 0; i < kRun; ++i)
+        v[i] = dtype == PM_BF16 ? unpack<__nv_bfloat16>(word[i / 2], i % 2) : unpack<__half>(word[i / 2], i % 2);
       return;
     }
 #pragma unroll

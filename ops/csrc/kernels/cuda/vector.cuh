@@ -66,5 +66,14 @@ __device__ __forceinline__ void store_four(void* p, pm_dtype dtype, int64_t i, f
     store_four(static_cast<float*>(p) + i, v);
 }
 
+// Those of elements i .. i + 3 that come before `end`. aligned: i is a multiple of four whose four elements are aligned.
+__device__ __forceinline__ void store_up_to_four(void* p, pm_dtype dtype, int64_t i, const float (&v)[4], int64_t end,
+                                                 bool aligned) {
+  if (aligned && i + 4 <= end) return store_four(p, dtype, i, make_float4(v[0], v[1], v[2], v[3]));
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+    if (i + r < end) store_element(p, dtype, i + r, v[r]);
+}
+
 }  // namespace pm::cuda
 #endif  // PADDLE_MIXTRAL_CUDA_VECTOR_CUH_
