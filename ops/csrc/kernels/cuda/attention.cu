@@ -190,10 +190,8 @@ __device__ __forceinline__ void attend_chunks(const Problem<Element>& p, int blo
       const Element* const queries = p.queries + (int64_t{p.cu_seqlens[b]} * p.Hq + head) * p.D;
       Rows<Element, Width> rows;
       rows.load(g < heads ? queries + g * p.D : nullptr, g + 8 < heads ? queries + (g + 8) * p.D : nullptr, p.D);
-      for (int i = 0; i < 2; ++i) {
-        rows.position[i] = g + 8 * i < heads ? position : -1;
-        rows.first[i] = first;
-      }
+      for (int i = 0; i < 2; ++i) rows.position[i] = g + 8 * i < heads ? position : -1;
+      rows.window = p.window;
       float s[kTile / 8][4];
       cp_async_wait<1>();
       __syncwarp();
@@ -259,8 +257,8 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
   for (int i = 0; i < 2; ++i) {
     const int row = mine + g + 8 * i;
     rows.position[i] = row < end ? position_of(row) : -1;
-    rows.first[i] = first_seen(rows.position[i], p.window);
   }
+  rows.window = p.window;
 
   const int first_tile = first / kTile, last_tile = last / kTile;
   const auto fetch_tile = [&](int tile) {
@@ -272,7 +270,9 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
   };
   fetch_tile(first_tile);
 
-  Softmax chunk[2], all[2];
+  __shared__ Softmax finished[kWarps][kRows];
+  if (lane < kRows) finished[warp][lane] = Softmax{};
+  Softmax chunk[2];
   float chunk_values[Width / 8][4] = {};
 #pragma unroll
   for (int i = 0; i < Width / 2; ++i) values[i * kThreads] = 0.0f;
@@ -290,12 +290,26 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
       Softmax parts[2];
       soften(rows, s, p.scale, start, all_seen, weights, parts);
       const Merge by[2] = {merge(chunk[0], parts[0]), merge(chunk[1], parts[1])};
-      add_values<Element, Width>(weights, {keys + kPiece, keys + kPiece + kHalf * Width}, [&](int n, const float (&o)[4]) {
-        for (int i = 0; i < 4; ++i) chunk_values[n][i] = by[i / 2](chunk_values[n][i], o[i]);
-      });
+      const Element* const halves[2] = {keys + kPiece, keys + kPiece + kHalf * Width};
+      const auto take = [&](int n, const float (&o)[4], int i) {
+        for (int j = 2 * i; j < 2 * i + 2; ++j) chunk_values[n][j] = by[i](chunk_values[n][j], o[j]);
+      };
+      if (all_seen || are_numbers<Element, Width>(halves[0])) {
+        add_values<Element, Width>(weights, halves, [&](int n, const float (&o)[4]) {
+          take(n, o, 0);
+          take(n, o, 1);
+        });
+      } else {
+        add_seen_values(rows, start, weights, halves, take);
+      }
     }
     if (tile % kChunkTiles == kChunkTiles - 1 || tile == last_tile) {
+      Softmax all[2] = {finished[warp][g], finished[warp][g + 8]};
       const Merge by[2] = {merge(all[0], chunk[0]), merge(all[1], chunk[1])};
+      __syncwarp();
+      if (t == 0)
+        for (int i = 0; i < 2; ++i) finished[warp][g + 8 * i] = all[i];
+      __syncwarp();
 #pragma unroll
       for (int n = 0; n < Width / 8; ++n)
 #pragma unroll
@@ -311,13 +325,13 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
     const int row = mine + g + 8 * i;
     if (row >= end) continue;
     Element* const out = p.out + query(row);
+    const float sum = finished[warp][g + 8 * i].sum;
 #pragma unroll
     for (int n = 0; n < Width / 8; ++n) {
       const int d = 8 * n + 2 * t;
       if (d >= p.D) continue;
-      *reinterpret_cast<uint32_t*>(out + d) =
-          pack_two<Element>(__fdiv_rn(values[(4 * n + 2 * i) * kThreads], all[i].sum),
-                            __fdiv_rn(values[(4 * n + 2 * i + 1) * kThreads], all[i].sum));
+      *reinterpret_cast<uint32_t*>(out + d) = pack_two<Element>(__fdiv_rn(values[(4 * n + 2 * i) * kThreads], sum),
+                                                                __fdiv_rn(values[(4 * n + 2 * i + 1) * kThreads], sum));
     }
   }
 }

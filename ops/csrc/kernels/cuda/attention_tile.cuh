@@ -16,6 +16,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 #include "vector.cuh"
 
@@ -97,7 +99,10 @@ template <class Element, int Width>
 struct Rows {
   uint32_t q[Width / 16][4];  // as A of mma
   int position[2];            // of rows g and g + 8; -1: there is no such row
-  int first[2];               // that they see
+  int window;
+
+  // Row g + 8 i sees position first(i) and on, up to its own.
+  __device__ __forceinline__ int first(int i) const { return first_seen(position[i], window); }
 
   // Row g is at `low`, row g + 8 at `high` (null: none), of D elements.
   __device__ __forceinline__ void load(const Element* low, const Element* high, int D) {
@@ -141,13 +146,14 @@ __device__ __forceinline__ void soften(const Rows<Element, Width>& rows, float (
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     float largest = -INFINITY;
+    const int first = rows.first(row);
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = start + 8 * n + 2 * t + i;
         float& x = s[n][2 * row + i];
-        x = all_seen || (key >= rows.first[row] && key <= rows.position[row]) ? __fmul_rn(x, scale) : -INFINITY;
+        x = all_seen || (key >= first && key <= rows.position[row]) ? __fmul_rn(x, scale) : -INFINITY;
         largest = fmaxf(largest, x);
       }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
@@ -171,11 +177,12 @@ __device__ __forceinline__ void soften(const Rows<Element, Width>& rows, float (
   }
 }
 
-// take(n, o): o is the weighted sum of 64 values, 32 at each of `values`, elements 8 n .. 8 n + 7, as D of mma.
-template <class Element, int Width, class Take>
+// take(n, o): o is the weighted sum of 64 values, 32 at each of `values`, elements 8 n .. 8 n + 7, as D of mma. keep(word,
+// key) is what is left of values key and key + 1 (in the lower and the upper half of a word).
+template <class Element, int Width, class Keep, class Take>
 __device__ __forceinline__ void add_values(const uint32_t (&weights)[kTile / 16][4], const Element* const (&values)[2],
-                                           Take take) {
-  const int lane = static_cast<int>(threadIdx.x % 32), row = lane % 16, unit = lane / 16;
+                                           Keep keep, Take take) {
+  const int lane = static_cast<int>(threadIdx.x % 32), row = lane % 16, unit = lane / 16, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < Width / 8; n += 2) {
     float low[4] = {}, high[4] = {};
@@ -183,12 +190,58 @@ __device__ __forceinline__ void add_values(const uint32_t (&weights)[kTile / 16]
     for (int k = 0; k < kTile / 16; ++k) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, values[k / 2] + place<Width>(k % 2 * 16 + row, n + unit));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = keep(b[i], 16 * k + i % 2 * 8 + 2 * t);
       mma_m16n8k16<Element>(low, weights[k], {b[0], b[1]}, low);
       mma_m16n8k16<Element>(high, weights[k], {b[2], b[3]}, high);
     }
     take(n, low);
     take(n + 1, high);
   }
+}
+
+// add_values, of values all of which every row sees, or whose unseen ones are numbers: their weights are zeros.
+template <class Element, int Width, class Take>
+__device__ __forceinline__ void add_values(const uint32_t (&weights)[kTile / 16][4], const Element* const (&values)[2],
+                                           Take take) {
+  add_values<Element, Width>(weights, values, [](uint32_t word, int) { return word; }, take);
+}
+
+// add_values, of positions from `start` on, some of which are not seen by some row and may be no number (zero times which
+// is not zero): each row by itself, with zeros for what it does not see. The same bits, where all are numbers. take(n, o, i)
+// is of row g + 8 i alone.
+template <class Element, int Width, class Take>
+__device__ __forceinline__ void add_seen_values(const Rows<Element, Width>& rows, int start,
+                                                const uint32_t (&weights)[kTile / 16][4], const Element* const (&values)[2],
+                                                Take take) {
+  const int g = static_cast<int>(threadIdx.x % 32 / 4);
+#pragma unroll 1
+  for (int row = 0; row < kRows; ++row) {
+    const int position = __shfl_sync(~0u, row < 8 ? rows.position[0] : rows.position[1], row % 8 * 4);
+    const int first = first_seen(position, rows.window) - start, last = position - start;
+    const auto seen = [&](uint32_t word, int key) {
+      const uint32_t low = key >= first && key <= last ? 0xffffu : 0,
+                     high = key + 1 >= first && key + 1 <= last ? ~0xffffu : 0;
+      return word & (low | high);
+    };
+    add_values<Element, Width>(weights, values, seen, [&](int n, const float (&o)[4]) {
+      if (row == g) take(n, o, 0);
+      if (row == g + 8) take(n, o, 1);
+    });
+  }
+}
+
+// Whether all of the 64 values are numbers.
+template <class Element, int Width>
+__device__ __forceinline__ bool are_numbers(const Element* values) {
+  constexpr uint32_t kExponent = std::is_same_v<Element, __half> ? 0x7c00u : 0x7f80u;
+  bool numbers = true;
+  for (int i = static_cast<int>(threadIdx.x % 32) * 8; i < kTile * Width; i += 32 * 8) {
+    const uint4 words = *reinterpret_cast<const uint4*>(values + i);
+    for (const uint32_t word : {words.x, words.y, words.z, words.w})
+      numbers = numbers && (word & kExponent) != kExponent && (word >> 16 & kExponent) != kExponent;
+  }
+  return __all_sync(~0u, numbers);
 }
 
 }  // namespace pm::cuda::attention
