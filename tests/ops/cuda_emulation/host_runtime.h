@@ -44,6 +44,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   memmove(to, from, bytes);
   return cudaSuccess;
 }
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -88,5 +89,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   simt::launch_error() = error;
   return cudaErrorLaunchFailure;
 }
+
+#include "process_memory.h"
 
 #endif  // CUDA_EMULATION_HOST_RUNTIME_H_

@@ -97,6 +97,24 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
   return v;
 }
 
+// A word that other GPUs, or the host, read and write: what was written before the store (by this thread, or by others of
+// its block before a barrier) is seen after a load that sees the stored word.
+__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* word) {
+  uint32_t v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(v) : "l"(word) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release_system(uint32_t* word, uint32_t v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;\n" ::"l"(word), "r"(v) : "memory");
+}
+
+// A clock that counts nanoseconds, in steps of up to a microsecond.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t v;
+  asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(v));
+  return v;
+}
+
 }  // namespace pm::cuda
 
 #endif  // PM_EMULATE
