@@ -63,8 +63,9 @@ int route(const X* x, const float* gate, float* share, uint8_t* chosen, int64_t 
 // silu(gate) * up
 inline F32x16 swiglu(F32x16 gate, F32x16 up) { return mul(div(gate, add(set1(1.0f), exp(sub(zero(), gate)))), up); }
 
-// Experts of rows of float32, and their products with a block of tokens.
+// Experts of rows of float32, and their products with a block of tokens. Hidden: what h is kept in.
 struct FloatExperts {
+  using Hidden = float;
   const float *w13, *w2;
   int64_t H, I;
   FloatScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
@@ -91,10 +92,12 @@ struct PackedExperts {
   }
 };
 struct PairExperts : PackedExperts<PairProduct> {
+  using Hidden = bf16;
   using PackedExperts::PackedExperts;
   PairScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
 };
 struct FixedExperts : PackedExperts<FixedProduct> {
+  using Hidden = float;
   int activation_bits;
   FixedExperts(const void* w13, const void* w2, int64_t H, int64_t I, int bits)
       : PackedExperts(w13, w2, H, I), activation_bits(bits) {}
@@ -105,7 +108,8 @@ template <class X, class Experts>
 int run_experts(const X* x, const float* gate, const Experts& experts, const float* w13_scale, const float* w2_scale,
                 float* y, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k) {
   const int64_t limit = block_tokens(H > I ? H : I), largest = T < limit ? T : limit;
-  const Scratch<float> shares(T * E), share_of(largest), hidden(largest * I);
+  const Scratch<float> shares(T * E), share_of(largest);
+  const Scratch<typename Experts::Hidden> hidden(largest * I);
   const Scratch<uint8_t> chosen(T * E);
   const Scratch<int64_t> token_of(largest);
   const auto x_block = experts.scratch(largest, H), h_block = experts.scratch(largest, I);

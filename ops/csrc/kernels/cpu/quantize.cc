@@ -88,10 +88,12 @@ void pack_rows(const W* w, int64_t w_stride, uint8_t* packed, int64_t first, int
       for (int64_t n = run * 16; n < N && n < (run + 1) * 16; ++n) {
         const int64_t row = first + run * step * 16 + n % 16;
         uint8_t* to = packed + (row / kTile * tiles + tile) * PM_TILE_BYTES + row % kTile * 4;
-        for (int64_t k = tile * kColumns; k < K && k < (tile + 1) * kColumns; ++k) {
-          const auto element = stored(w[n * w_stride + k]);
-          memcpy(to + k % kColumns / kInWord * (kTile * 4) + k % kInWord * sizeof(W), &element, sizeof(W));
-        }
+        const W* from = w + n * w_stride + tile * kColumns;
+        const int64_t left = K - tile * kColumns, count = left < kColumns ? left : kColumns;
+        decltype(stored(W())) columns[kColumns];
+        for (int64_t k = 0; k < count; ++k) columns[k] = stored(from[k]);
+        for (int64_t k = count; k < kColumns; ++k) columns[k] = stored(W());
+        for (int64_t word = 0; word < PM_TILE_WORDS; ++word) memcpy(to + word * (kTile * 4), columns + word * kInWord, 4);
       }
 }
 

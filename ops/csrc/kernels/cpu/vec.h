@@ -35,7 +35,6 @@ static inline float to_float(bf16 x) {
   memcpy(&f, &u, 4);
   return f;
 }
-static inline float to_float(int8_t x) { return static_cast<float>(x); }
 
 // Round to nearest even; a NaN stays a NaN.
 static inline bf16 to_bf16(float x) {
@@ -64,9 +63,6 @@ static inline F32x16 load_even(const bf16* p) { return {_mm512_castsi512_ps(_mm5
 // The elements p[1], p[3], ...
 static inline F32x16 load_odd(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)))};
-}
-static inline F32x16 load(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 static inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
 // The nearest integers, halves to even.
@@ -118,10 +114,6 @@ static inline F32x16 load_odd(const bf16* p) {
   const __m256i high = _mm256_set1_epi32(-65536);
   return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(u), high)),
           _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(u + 1), high))};
-}
-static inline F32x16 load(const int8_t* p) {
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
 }
 static inline void store(float* p, F32x16 a) {
   _mm256_storeu_ps(p, a.lo);
