@@ -8,6 +8,9 @@ import itertools
 
 import numpy as np
 
+# Positions whose keys and values are summed up by themselves: PM_ATTENTION_CHUNK of csrc/kernels/include/attention.h.
+ATTENTION_CHUNK = 256
+
 
 def embedding(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     """ops.embedding.embedding: ids [T], table [V, H] -> [T, H]."""
@@ -77,10 +80,21 @@ def append_attention(
         seen = past[None, :] <= positions[:, None]
         if sliding_window:
             seen &= past[None, :] > positions[:, None] - sliding_window
-        scores = np.einsum("qhd,khd->hqk", q, keys) / np.sqrt(np.float32(head_dim))
-        scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) if length else scores
-        out[rows] = np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), values)
+        largest = np.full((num_heads, length, 1), -np.inf, np.float32)
+        total, sums = np.zeros_like(largest), np.zeros((num_heads, length, head_dim), np.float32)
+        for start in range(0, context + length, ATTENTION_CHUNK):
+            chunk = slice(start, start + ATTENTION_CHUNK)
+            at = np.flatnonzero(seen[:, chunk].any(axis=1))  # rows that see any of it
+            scores = np.einsum("qhd,khd->hqk", q[at], keys[chunk]) / np.sqrt(np.float32(head_dim))
+            scores = np.where(seen[at, chunk], scores, -np.inf)
+            here = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+            weights = np.exp(scores - here)
+            most = np.maximum(largest[:, at], here)
+            keep, take = np.exp(largest[:, at] - most), np.exp(here - most)
+            total[:, at] = total[:, at] * keep + weights.sum(axis=-1, keepdims=True) * take
+            sums[:, at] = sums[:, at] * keep + np.einsum("hqk,khd->hqd", weights, values[chunk]) * take
+            largest[:, at] = most
+        out[rows] = (sums / total).transpose(1, 0, 2)
     return out.reshape(len(qkv), -1)
 
 

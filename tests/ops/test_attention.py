@@ -1,7 +1,8 @@
 """ops.attention against the reference, against attention without pages, and against itself cut differently."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import paddle
@@ -127,6 +128,27 @@ def test_append_attention_is_the_reference(num_heads, num_kv_heads, head_dim, bl
     np.testing.assert_array_equal(values_of(cache.values), values)
 
 
+@pytest.mark.parametrize("window", [0, 100, 256, 300])
+@pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(5, 1, 34)])
+def test_many_chunks_of_positions_are_the_reference(heads, window):
+    heads = replace(heads, sliding_window=window)
+    lengths, contexts = [1, 1, 1, 3, 40, 1], [255, 256, 511, 254, 490, 700]
+    cache = Cache(heads, len(lengths), 720, 16)
+    keys, values = values_of(cache.keys), values_of(cache.values)
+    pieces = [random(n, heads.width, seed=20 + i) for i, n in enumerate(lengths)]
+    out = cache.step(list(range(len(lengths))), pieces, contexts)
+    expected = reference.append_attention(
+        np.concatenate(pieces),
+        keys,
+        values,
+        np.cumsum([0, *lengths]),
+        contexts,
+        cache.block_tables,
+        *heads.arguments(),
+    )
+    np.testing.assert_allclose(np.concatenate(out), expected, rtol=0, atol=FLOAT32_TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "heads", [Heads(8, 2, 64), Heads(8, 2, 64, 1e6, 20), Heads(3, 1, 26, 123.456789), Heads(4, 4, 16)]
 )
@@ -134,6 +156,13 @@ def test_attention_is_the_textbook(heads):
     qkv = random(150, heads.width, seed=5)
     # The textbook's angles are float64, the operator's float32: at position 150 they differ by 150 * 2^-24 and more.
     np.testing.assert_allclose(one_piece(heads, qkv), textbook(heads, qkv), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("heads", [Heads(4, 2, 32), Heads(4, 2, 32, 1e4, 280)])
+def test_attention_over_many_chunks_is_the_textbook(heads):
+    qkv = random(600, heads.width, seed=15)
+    # As above, at position 600.
+    np.testing.assert_allclose(one_piece(heads, qkv), textbook(heads, qkv), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -146,6 +175,70 @@ def test_chunks_do_not_change_a_bit(heads, dtype):
         starts = range(0, len(qkv), chunk)
         pieces = [cache.step([0], [qkv[i : i + chunk]], [i])[0] for i in starts]
         np.testing.assert_array_equal(np.concatenate(pieces), whole, f"chunks of {chunk}, pages of {block_size}")
+
+
+@pytest.fixture
+def threads_as_before():
+    before = num_threads()
+    yield
+    set_num_threads(before)
+
+
+CHUNK = reference.ATTENTION_CHUNK
+
+
+@pytest.mark.usefixtures("threads_as_before")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "block_size"),
+    [(MIXTRAL_LIKE, 16), (MIXTRAL_LIKE, 24), (Heads(9, 1, 64), 64), (Heads(3, 3, 40), 16), (Heads(12, 2, 32), 256)],
+)
+@pytest.mark.parametrize("window", [0, 1, 100, CHUNK, CHUNK + 20])
+def test_single_tokens_at_borders_of_chunks_are_those_of_the_prompt(heads, block_size, window, dtype):
+    heads = replace(heads, sliding_window=window)
+    prompt = random(2 * CHUNK + 40, heads.width, seed=31)
+    set_num_threads(2)
+    whole = one_piece(heads, prompt, 16, dtype)
+    borders = [CHUNK, 2 * CHUNK, CHUNK + window, 2 * CHUNK + 32]
+    positions = sorted({b + i for b in borders for i in (-2, -1, 0, 1) if b + i < len(prompt)})
+    cache = Cache(heads, len(positions), len(prompt), block_size, dtype)
+    cache.step(list(range(len(positions))), [prompt[:p] for p in positions], [0] * len(positions))
+    for threads in (1, 2, 3):
+        set_num_threads(threads)
+        for together in (1, 3, len(positions)):  # chunks are divided among threads by what there is to do
+            for i in range(0, len(positions), together):
+                at = positions[i : i + together]
+                out = cache.step(list(range(i, i + len(at))), [prompt[p : p + 1] for p in at], at)
+                np.testing.assert_array_equal(np.concatenate(out), whole[at], f"{threads} threads, {together} together")
+
+
+@pytest.mark.usefixtures("threads_as_before")
+@pytest.mark.parametrize("window", [0, 60, CHUNK + 20])
+def test_pieces_of_a_prompt_at_borders_of_chunks_do_not_change_a_bit(window):
+    heads = Heads(8, 2, 64, 1e6, window)
+    prompt = random(2 * CHUNK + 40, heads.width, seed=32)
+    whole = one_piece(heads, prompt, 16)
+    for threads, cuts in [(1, [CHUNK]), (2, [CHUNK - 1, 2 * CHUNK + 1]), (3, [40, CHUNK + 1, CHUNK + 3, 2 * CHUNK])]:
+        set_num_threads(threads)
+        cache = Cache(heads, 1, len(prompt), 32, seed=threads)
+        pieces = [cache.step([0], [prompt[a:b]], [a])[0] for a, b in pairwise([0, *cuts, len(prompt)])]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole, f"cut at {cuts}")
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_many_single_tokens_do_not_change_a_bit():
+    heads = Heads(4, 2, 32)
+    contexts = [0, 3, 700, 5, 255, 256, 30, 257, 1, 2, 400, 7, 8, 9, 10, 11]
+    prompts = [random(n + 1, heads.width, seed=n) for n in contexts]
+    cache = Cache(heads, len(contexts), 720, 16)
+    alone = []
+    for s, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
+        cache.step([s], [prompt[:-1]], [0])
+        alone.append(cache.step([s], [prompt[-1:]], [context])[0])
+    for threads in (1, 2, 3):
+        set_num_threads(threads)
+        together = cache.step(list(range(len(contexts))), [prompt[-1:] for prompt in prompts], contexts)
+        np.testing.assert_array_equal(np.concatenate(together), np.concatenate(alone))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,6 +269,16 @@ def test_a_token_never_reads_the_future_or_beyond_its_window():
     spoiled[41:] = np.nan
     spoiled[:20] = np.nan
     np.testing.assert_array_equal(one_piece(heads, spoiled)[30:41], whole[30:41])
+
+
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_chunks_out_of_the_window_are_not_read(block_size):
+    heads = Heads(4, 2, 32, 1e4, CHUNK + 10)
+    qkv = random(2 * CHUNK + 100, heads.width, seed=13)
+    spoiled = qkv.copy()
+    spoiled[:60] = np.nan  # the last of them is seen up to position 59 + CHUNK + 9
+    clean, dirty = (one_piece(heads, x, block_size)[CHUNK + 69 :] for x in (qkv, spoiled))
+    np.testing.assert_array_equal(dirty, clean)
 
 
 def test_pages_out_of_the_window_may_be_gone():
@@ -257,6 +360,11 @@ def digest() -> str:
             cache = Cache(heads, 1, 40, 16, dtype)
             total.update(cache.step([0], [random(1, heads.width, seed=12)], [38])[0].tobytes())
             total.update(values_of(cache.keys).tobytes())
+        for heads in (Heads(8, 2, 64), Heads(6, 1, 40, 1e4, CHUNK + 9)):  # more chunks than one
+            cache = Cache(heads, 1, 620, 16, dtype)
+            for length, context in [(600, 0), (1, 600), (5, 601)]:
+                out = cache.step([0], [random(length, heads.width, seed=length)], [context])[0]
+                total.update(out.tobytes())
     return total.hexdigest()
 
 

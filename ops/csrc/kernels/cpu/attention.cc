@@ -1,84 +1,19 @@
 // Append attention: include/attention.h.
 //
-// Two steps: every token's rotary table, keys and values are written; then (key/value head, tile of query tokens) units are
-// computed independently. In a unit, the query heads of all its tokens are rows against the same keys: all scores first
-// (keys turned into columns, so a score is one running sum over D, whatever is computed beside it), then the softmax of each
-// row with position p in lane p % 16, then the values in increasing position. No sum depends on the tiles.
+// Every token's rotary table, keys and values are written first. Then units of work (attention_plan.h) are computed
+// independently: query tokens against the chunks of positions that they see, or some of them, merged once all are there. In
+// a unit, the query heads of all its tokens that share a key/value head are rows against the same keys (attention_chunk.h).
+// No sum depends on how tokens and chunks are divided into units.
 #include "../include/attention.h"
 
 #include <stdlib.h>
 
+#include "attention_plan.h"
 #include "dispatch.h"
-#include "transpose.h"
 
 namespace pm {
 namespace PM_ISA {
 namespace {
-
-// Keys scored and values added at a time: two vectors of positions.
-constexpr int kKeys = 32;
-// Bytes of a cache line.
-constexpr int64_t kLine = 64;
-// Rows of a unit, so that a tile of keys is unpacked once for as many; fewer when their scores would pass kScoreFloats.
-constexpr int64_t kRows = 64;
-constexpr int64_t kScoreFloats = int64_t{1} << 20;
-// Register tiles: rows and vectors of keys of the scores, and accumulators of the values.
-#if defined(__AVX512F__)
-constexpr int kBlockRows = 8, kBlockVectors = 2, kAccumulators = 16;
-#else
-constexpr int kBlockRows = 4, kBlockVectors = 1, kAccumulators = 4;
-#endif
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-// f(Int<rows>): a block of 1..Most rows with their number known to the compiler.
-template <int Most, class F>
-inline void with_rows(int64_t rows, F f) {
-  if (rows == Most)
-    f(Int<Most>{});
-  else if constexpr (Most > 1)
-    with_rows<Most - 1>(rows, f);
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-template <class E>
-struct Problem {
-  const E* qkv;
-  E *key_cache, *value_cache;
-  const int32_t *cu_seqlens, *context_lens, *block_tables;
-  E* out;
-  int64_t T, B, M, Hq, Hkv, D, block_size, window;
-  float scale;
-  float* rotary;      // [T, D]: the D / 2 cosines, then the D / 2 sines of each token's position
-  int64_t* tiles_to;  // [B + 1]: tiles of query tokens before sequence b
-
-  int64_t group() const { return Hq / Hkv; }
-  const E* qkv_row(int64_t t) const { return qkv + t * (Hq + 2 * Hkv) * D; }
-  int64_t length(int64_t b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
-  // The first position that a query at `position` sees.
-  int64_t first_seen(int64_t position) const { return window > 0 ? larger(0, position - window + 1) : 0; }
-  // Elements of a cache before position j of sequence b, key/value head h.
-  int64_t cache_offset(int64_t b, int64_t h, int64_t j) const {
-    return ((block_tables[b * M + j / block_size] * Hkv + h) * block_size + j % block_size) * D;
-  }
-  // Scores a row of a unit has room for: positions up to `end`, from a multiple of 32 on, and 16 more so that rows do not
-  // compete for the same cache sets.
-  int64_t span(int64_t tokens, int64_t end) const {
-    const int64_t all = round_up(end, kKeys);
-    return 16 + (window > 0 ? smaller(all, round_up(window + tokens, kKeys) + kKeys) : all);
-  }
-  int64_t tile_tokens(int64_t b) const {
-    int64_t tokens = smaller(length(b), larger(1, kRows / group()));
-    const int64_t end = context_lens[b] + length(b);
-    while (tokens > 1 && tokens * group() * span(tokens, end) > kScoreFloats) tokens /= 2;
-    return tokens;
-  }
-};
 
 // The last b with starts[b] <= x, of starts[0] .. starts[n]: whose x it is, when starts[0] <= x < starts[n].
 template <class Index>
@@ -124,256 +59,259 @@ void append(const Problem<E>& p, const float* inv_freq, int64_t t) {
   }
 }
 
-// The cache rows of positions j .. j + 31 of sequence b, head h. Positions outside first .. end - 1 repeat another's row: it
-// is readable, and what is made of it is never used. Where no position is inside, `rows` stays as it was.
+// Where a thread keeps what it computes with.
 template <class E>
-void find_rows(const Problem<E>& p, const E* cache, int64_t b, int64_t h, int64_t j, int64_t first, int64_t end,
-               const E** rows) {
-  const int64_t start = larger(j, first), stop = smaller(j + kKeys, end);
-  for (int64_t i = start; i < stop;) {
-    const E* row = cache + p.cache_offset(b, h, i);
-    const int64_t page_end = smaller(stop, i + p.block_size - i % p.block_size);
-    for (; i < page_end; ++i, row += p.D) rows[i - j] = row;
-  }
-  if (start >= stop) return;
-  for (int64_t i = j; i < start; ++i) rows[i - j] = rows[start - j];
-  for (int64_t i = stop; i < j + kKeys; ++i) rows[i - j] = rows[start - j];
-}
+struct Scratch {
+  float *keys, *values, *scores, *here;
+  float *q, *gathered;  // of each head of a unit
+  E *key_rows, *value_rows;
+  size_t bytes = 0;
 
-// 32 keys as columns: packed[d * 32 + k] = rows[k][d].
-template <class E>
-void pack_keys(const E* const* rows, const E* const* ahead, int64_t D, float* packed) {
-  for (int k = 0; k < kKeys; k += 16)
-    for_columns(rows + k, ahead + k, D, [&](int64_t d, F32x16 column) { store(packed + d * kKeys + k, column); });
-}
-
-// What score_block does, for rows that are alone with these keys: they are used as they are turned.
-template <int R, class E>
-void score_alone(const float* q, const E* const* rows, const E* const* ahead, int64_t D, float scale, float* scores,
-                 int64_t stride) {
-  for (int k = 0; k < kKeys; k += 16) {
-    F32x16 sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = zero();
-    for_columns(rows + k, ahead + k, D, [&](int64_t d, F32x16 column) {
-      for (int r = 0; r < R; ++r) sums[r] = fma(set1(q[r * D + d]), column, sums[r]);
-    });
-    for (int r = 0; r < R; ++r) store(scores + r * stride + k, mul(sums[r], set1(scale)));
-  }
-}
-
-// scores[r][0 .. 31] = q[r] . keys * scale, summed in increasing d.
-template <int R>
-void score_block(const float* q, const float* packed, int64_t D, float scale, float* scores, int64_t stride) {
-  for (int k = 0; k < kKeys; k += 16 * kBlockVectors) {
-    F32x16 sums[R][kBlockVectors];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kBlockVectors; ++v) sums[r][v] = zero();
-    for (int64_t d = 0; d < D; ++d) {
-      F32x16 keys[kBlockVectors];
-      for (int v = 0; v < kBlockVectors; ++v) keys[v] = load(packed + d * kKeys + k + 16 * v);
-      for (int r = 0; r < R; ++r) {
-        const F32x16 x = set1(q[r * D + d]);
-        for (int v = 0; v < kBlockVectors; ++v) sums[r][v] = fma(x, keys[v], sums[r][v]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kBlockVectors; ++v) store(scores + r * stride + k + 16 * v, mul(sums[r][v], set1(scale)));
-  }
-}
-
-// scores[first .. last] become exp(score - largest); returns their sum, position p in lane p % 16.
-inline float exponentials(float* scores, int64_t first, int64_t last) {
-  const int64_t begin = first / 16 * 16, end = round_up(last + 1, 16);
-  for (int64_t j = begin; j < first; ++j) scores[j] = -INFINITY;
-  for (int64_t j = last + 1; j < end; ++j) scores[j] = -INFINITY;
-  F32x16 most = load(scores + begin);
-  for (int64_t j = begin + 16; j < end; j += 16) most = max(most, load(scores + j));
-  const F32x16 largest = set1(reduce_max(most));
-  F32x16 sums = zero();
-  for (int64_t j = begin; j < end; j += 16) {
-    const F32x16 e = exp(sub(load(scores + j), largest));
-    store(scores + j, e);
-    sums = add(sums, e);
-  }
-  return reduce_add(sums);
-}
-
-// sums[r][0 .. 16 C - 1] += weights[r][j] * rows[j][d ..], in increasing j. Meanwhile the rows `ahead`, unless null, are
-// fetched.
-template <int R, int C, class V>
-void add_block(const float* weights, int64_t stride, const V* const* rows, const V* const* ahead, int64_t d, int64_t n,
-               float* sums, int64_t width) {
-  F32x16 a[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) a[r][c] = load(sums + r * width + d + 16 * c);
-  for (int64_t j = 0; j < n; ++j) {
-    F32x16 v[C];
-    for (int c = 0; c < C; ++c) v[c] = load(rows[j] + d + 16 * c);
-    for (int64_t c = 0; ahead && c < 16 * C; c += kLine / sizeof(V)) __builtin_prefetch(ahead[j] + d + c, 0, 2);
-    for (int r = 0; r < R; ++r) {
-      const F32x16 w = set1(weights[r * stride + j]);
-      for (int c = 0; c < C; ++c) a[r][c] = fma(w, v[c], a[r][c]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(sums + r * width + d + 16 * c, a[r][c]);
-}
-constexpr int columns(int rows) {
-  int c = 8;
-  while (c > 1 && c * rows > kAccumulators) c /= 2;
-  return c;
-}
-// The same for all the query heads of one token.
-template <class V>
-void add_values(const float* weights, int64_t stride, const V* const* rows, const V* const* ahead, int64_t n, int64_t heads,
-                float* sums, int64_t width) {
-  for (int64_t h = 0; h < heads; h += kBlockRows)
-    with_rows<kBlockRows>(smaller(kBlockRows, heads - h), [&](auto block) {
-      constexpr int R = decltype(block)::value, C = columns(R);
-      int64_t d = 0;
-      for (; d + 16 * C <= width; d += 16 * C)
-        add_block<R, C>(weights + h * stride, stride, rows, h ? nullptr : ahead, d, n, sums + h * width, width);
-      for (; d < width; d += 16)
-        add_block<R, 1>(weights + h * stride, stride, rows, h ? nullptr : ahead, d, n, sums + h * width, width);
-    });
-}
-
-// Where a unit keeps its floats.
-struct Layout {
-  int64_t q, scores, totals, sums, keys, values, all;
-  Layout(int64_t rows, int64_t span, int64_t D) {
-    const int64_t width = round_up(D, 16);
-    q = 0;
-    scores = q + round_up(rows * D, 16);
-    totals = scores + rows * span;
-    sums = totals + round_up(rows, 16);
-    keys = sums + rows * width;
-    values = keys + D * kKeys;
-    all = values + kKeys * width;
+  static int64_t q_floats(const Problem<E>& p, int64_t rows) { return round_up(rows, kRows) * p.width(); }
+  // `memory` is null where only the bytes are asked for.
+  Scratch(const Problem<E>& p, const Plan& plan, void* memory) {
+    const int64_t width = p.width(), rows = plan.rows, copied = p.in_place() ? 0 : kChunk * width;
+    const auto take = [&](auto*& part, int64_t n) {
+      part = memory ? reinterpret_cast<decltype(part + 0)>(static_cast<char*>(memory) + bytes) : nullptr;
+      bytes += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof *part), kLine));
+    };
+    take(keys, kScored * kGroup * width);
+    take(values, kAdded * kGroup * width);
+    take(scores, rows * kSpan);
+    take(here, Gathered::floats(rows, width));
+    take(q, larger(q_floats(p, rows), plan.heads * q_floats(p, p.group())));
+    take(gathered, larger(Gathered::floats(rows, width), plan.heads * Gathered::floats(p.group(), width)));
+    take(key_rows, copied);
+    take(value_rows, copied);
   }
 };
 
-// Query tokens from `begin` on of sequence b, against key/value head kv.
+// The groups of positions from .. to - 1 of sequence b, head h: `groups` gets the first row of each. Rows of other positions
+// are readable, and what is made of them is never used.
 template <class E>
-void attend(const Problem<E>& p, int64_t b, int64_t begin, int64_t tokens, int64_t kv, float* scratch) {
-  const int64_t D = p.D, width = round_up(D, 16), group = p.group(), rows = tokens * group;
-  const int64_t position = p.context_lens[b] + begin, end = position + tokens;
-  const int64_t base = p.first_seen(position) / kKeys * kKeys, span = p.span(tokens, end), t = p.cu_seqlens[b] + begin;
-  const Layout at(rows, span, D);
-  float *q = scratch + at.q, *scores = scratch + at.scores, *totals = scratch + at.totals, *sums = scratch + at.sums;
-  float *keys = scratch + at.keys, *values = scratch + at.values;
-
-  for (int64_t i = 0; i < tokens; ++i)
-    for (int64_t g = 0; g < group; ++g)
-      rotate(p.qkv_row(t + i) + (kv * group + g) * D, p.rotary + (t + i) * D, q + (i * group + g) * D, D);
-
-  const int64_t first = p.first_seen(position);
-  const E *cached[kKeys], *next[kKeys];
-  find_rows(p, p.key_cache, b, kv, base, first, end, next);
-  for (int64_t j = base; j < end; j += kKeys) {
-    memcpy(cached, next, sizeof cached);
-    find_rows(p, p.key_cache, b, kv, j + kKeys, first, end, next);
-    if (rows <= kBlockRows) {
-      with_rows<kBlockRows>(rows, [&](auto block) {
-        score_alone<decltype(block)::value>(q, cached, next, D, p.scale, scores + j - base, span);
-      });
-      continue;
-    }
-    pack_keys(cached, next, D, keys);
-    for (int64_t r = 0; r < rows; r += kBlockRows) {
-      const int64_t n = smaller(kBlockRows, rows - r);
-      if (j > position + (r + n - 1) / group || j + kKeys <= p.first_seen(position + r / group)) continue;
-      with_rows<kBlockRows>(n, [&](auto block) {
-        score_block<decltype(block)::value>(q + r * D, keys, D, p.scale, scores + r * span + j - base, span);
-      });
-    }
+int64_t find_groups(const Problem<E>& p, const E* cache, int64_t b, int64_t h, int64_t from, int64_t to, E* copies,
+                    const E** groups) {
+  const int64_t start = from / kGroup * kGroup, n = (round_up(to, kGroup) - start) / kGroup, width = p.width();
+  if (p.in_place()) {
+    for (int64_t g = 0; g < n; ++g) groups[g] = cache + p.cache_offset(b, h, start + g * kGroup);
+    return n;
   }
+  for (int64_t g = 0; g < n; ++g) groups[g] = copies + g * kGroup * width;
+  for (int64_t j = from; j < to; ++j) {
+    E* row = copies + (j - start) * width;
+    memcpy(row, cache + p.cache_offset(b, h, j), static_cast<size_t>(p.D) * sizeof(E));
+    memset(row + p.D, 0, static_cast<size_t>(width - p.D) * sizeof(E));
+  }
+  return n;
+}
 
-  for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0.0f;
+// The queries of a unit's tokens that look at head kv, rotated, in blocks of kRows: q[d * kRows + r].
+template <class E>
+void load_queries(const Problem<E>& p, const Unit& u, int64_t kv, float* q, float* row) {
+  const int64_t group = p.group(), width = p.width(), rows = u.tokens * group, t = p.cu_seqlens[u.b] + u.begin;
+  for (int64_t d = p.D; d < width; ++d) row[d] = 0.0f;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t own = position + r / group;
-    totals[r] = exponentials(scores + r * span, p.first_seen(own) - base, own - base);
+    const int64_t token = t + r / group;
+    rotate(p.qkv_row(token) + (kv * group + r % group) * p.D, p.rotary + token * p.D, row, p.D);
+    float* block = q + r / kRows * kRows * width + r % kRows;
+    for (int64_t d = 0; d < width; ++d) block[d * kRows] = row[d];
+  }
+}
+
+// One chunk of a unit and one of its heads: what the rows first_row .. end_row - 1, which see some of it, gather there.
+template <class E>
+struct Chunk {
+  const Problem<E>& p;
+  const Scratch<E>& at;
+  const float* q;
+  int64_t width, rows, position, start;  // of the unit; of its first token; of the chunk
+  int64_t first_row, end_row;
+  int64_t first_group, groups;                     // of the chunk: those that any row sees
+  const E* stream[2 * kGroups + kAhead + kAdded];  // groups in the order of their use: keys, values, what comes after
+
+  // What comes after are the keys of head next_kv from next_chunk on, if there is such a head.
+  Chunk(const Problem<E>& problem, const Unit& u, const Scratch<E>& scratch, const float* queries, int64_t kv, int64_t chunk,
+        int64_t next_kv, int64_t next_chunk)
+      : p(problem), at(scratch), q(queries), width(p.width()), rows(u.tokens * p.group()) {
+    position = p.context_lens[u.b] + u.begin;
+    start = chunk * kChunk;
+    for (first_row = 0; from(first_row) >= to(first_row);) ++first_row;
+    for (end_row = rows; from(end_row - 1) >= to(end_row - 1);) --end_row;
+    const int64_t begin = start + from(first_row), end = start + to(end_row - 1);
+    first_group = from(first_row) / kGroup;
+    groups = find_groups(p, p.key_cache, u.b, kv, begin, end, at.key_rows, stream);
+    int64_t n = groups + find_groups(p, p.value_cache, u.b, kv, begin, end, at.value_rows, stream + groups);
+    const int64_t next = larger(next_chunk * kChunk, p.first_seen(position)), last = position + u.tokens;
+    if (p.in_place() && next_kv < p.Hkv && next < last)
+      n += find_groups(p, p.key_cache, u.b, next_kv, next, smaller((next / kGroup + kAhead) * kGroup, last), at.key_rows,
+                       stream + n);
+    for (const E* repeated = stream[n - 1]; n < 2 * kGroups + kAhead + kAdded; ++n) stream[n] = repeated;
   }
 
-  const bool unpack = D % 16 != 0 || (sizeof(E) != sizeof(float) && tokens > 1);
-  find_rows(p, p.value_cache, b, kv, base, first, end, next);
-  for (int64_t j = base; j < end; j += kKeys) {
-    memcpy(cached, next, sizeof cached);
-    find_rows(p, p.value_cache, b, kv, j + kKeys, first, end, next);
-    const bool paced = tokens == 1 && !unpack;  // else there is so much to do with these rows that the next come at once
-    for (int k = 0; !paced && k < kKeys; ++k)
-      for (int64_t d = 0; d < D; d += kLine / sizeof(E)) __builtin_prefetch(next[k] + d, 0, 2);
-    const float* unpacked[kKeys];
-    for (int k = 0; unpack && k < kKeys; ++k) {
-      unpacked[k] = values + k * width;
-      for (int64_t d = 0; d < width; d += 16) {
-        const int n = static_cast<int>(smaller(16, D - d));
-        store(values + k * width + d, n == 16 ? load(cached[k] + d) : load_partial(cached[k] + d, n));
+  // The positions that row r sees, counted from the chunk's first; none where from >= to.
+  int64_t from(int64_t r) const { return larger(p.first_seen(position + r / p.group()) - start, 0); }
+  int64_t to(int64_t r) const { return smaller(position + r / p.group() + 1 - start, kChunk); }
+
+  // Of an odd number of groups, one too many is scored: it is readable, and its scores are never used.
+  void score() const {
+    for (int64_t g = 0; g < groups; g += kScored) {
+      const E *const *keys = stream + g, *const *ahead = keys + kAhead;
+      const int64_t j = (first_group + g) * kGroup;
+      if (rows <= kRows) {
+        with_rows<kRows>(rows, [&](auto block) {
+          score_rows<decltype(block)::value, kScored>(q, keys, ahead, width, p.scale, at.scores + j);
+        });
+        continue;
+      }
+      pack_keys<kScored>(keys, ahead, width, at.keys);
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t n = smaller(kRows, rows - r);
+        if (j >= to(r + n - 1) || j + kScored * kGroup <= from(r)) continue;
+        with_rows<kRows>(n, [&](auto block) {
+          score_packed<decltype(block)::value, kScored>(q + r * width, at.keys, width, p.scale, at.scores + r * kSpan + j);
+        });
       }
     }
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t from = larger(j, p.first_seen(position + i)), n = smaller(j + kKeys, position + i + 1) - from;
-      if (n <= 0) continue;
-      const float* weights = scores + i * group * span + from - base;
-      if (unpack)
-        add_values(weights, span, unpacked + (from - j), static_cast<const float* const*>(nullptr), n, group,
-                   sums + i * group * width, width);
-      else
-        add_values(weights, span, cached + (from - j), paced ? next + (from - j) : nullptr, n, group,
-                   sums + i * group * width, width);
+  }
+
+  // Adds the values of kAdded groups, from group g on.
+  template <class V>
+  void add(const V* const* values, const E* const* ahead, int64_t g, float* sums) const {
+    const int64_t begin = (first_group + g) * kGroup;
+    const auto first = [&](int64_t r) { return larger(from(r) - begin, 0); };
+    const auto last = [&](int64_t r) { return smaller(to(r) - begin, kAdded * kGroup); };
+    for (int64_t r = first_row, n; r < end_row; r += n) {
+      for (n = 1; r + n < end_row && first(r + n) == first(r) && last(r + n) == last(r);) ++n;
+      if (first(r) < last(r))
+        add_values(at.scores + r * kSpan + begin, values, ahead, first(r), last(r), n, sums + r * width, width);
     }
   }
 
-  for (int64_t r = 0; r < rows; ++r) {
-    E* out = p.out + ((t + r / group) * p.Hq + kv * group + r % group) * D;
-    for (int64_t d = 0; d < D; d += 16) {
-      const int n = static_cast<int>(smaller(16, D - d));
-      const F32x16 y = div(load(sums + r * width + d), set1(totals[r]));
-      n == 16 ? store(out + d, y) : store_partial(out + d, y, n);
+  void gather(const Gathered& here) const {
+    score();
+    for (int64_t r = first_row; r < end_row; ++r)
+      exponentials(at.scores + r * kSpan, from(r), to(r), here.largest[r], here.total[r]);
+    memset(here.sums, 0, static_cast<size_t>(rows * width) * sizeof(float));
+    for (int64_t g = 0; g < groups; g += kAdded) {
+      const E *const *values = stream + groups + g, *const *ahead = values + kAhead;
+      if (rows <= kRows || sizeof(E) == sizeof(float)) {
+        add(values, ahead, g, here.sums);
+        continue;
+      }
+      const float* unpacked[kAdded];
+      for (int k = 0; k < kAdded; ++k) {
+        float* copy = at.values + k * kGroup * width;
+        unpacked[k] = copy;
+        for (int64_t i = 0; i < kGroup * width; i += 32) {
+          F32x16 v[2];
+          load_pair(values[k] + i, v);
+          store_pair(copy + i, v);
+        }
+      }
+      add(unpacked, ahead, g, here.sums);
     }
   }
+};
+
+// What a unit's rows gathered from head kv becomes their output.
+template <class E>
+void write(const Problem<E>& p, const Unit& u, int64_t kv, const Gathered& gathered) {
+  const int64_t width = p.width(), group = p.group(), t = p.cu_seqlens[u.b] + u.begin;
+  for (int64_t r = 0; r < u.tokens * group; ++r) {
+    E* out = p.out + ((t + r / group) * p.Hq + kv * group + r % group) * p.D;
+    const F32x16 total = set1(gathered.total[r]);
+    for (int64_t d = 0; d < p.D; d += 32) {
+      const float* sums = gathered.sums + r * width + d;
+      const F32x16 y[2] = {div(load(sums), total), div(load(sums + 16), total)};
+      if (d + 32 <= p.D) {
+        store_pair(out + d, y);
+        continue;
+      }
+      E last[32];
+      store_pair(last, y);
+      memcpy(out + d, last, static_cast<size_t>(p.D - d) * sizeof(E));
+    }
+  }
+}
+
+// A unit's chunks: merged and written, or, where `parts` is not null, each kept there for merge_parts.
+template <class E>
+void attend(const Problem<E>& p, const Unit& u, const Scratch<E>& at, float* parts) {
+  const int64_t width = p.width(), rows = u.tokens * p.group(), floats = Gathered::floats(rows, width);
+  const auto queries = [&](int64_t kv) { return at.q + (kv - u.kv) * Scratch<E>::q_floats(p, rows); };
+  const auto gathered = [&](int64_t kv) { return Gathered(at.gathered + (kv - u.kv) * floats, rows); };
+  for (int64_t kv = u.kv; kv < u.end_kv; ++kv) {
+    load_queries(p, u, kv, queries(kv), at.values);
+    if (!parts) gathered(kv).clear(rows, width);
+  }
+  for (int64_t run = u.first_chunk, end; run < u.end_chunk; run = end) {
+    end = u.tokens == 1 ? smaller(run + kRun, u.end_chunk) : u.end_chunk;
+    for (int64_t kv = u.kv; kv < u.end_kv; ++kv)
+      for (int64_t c = run; c < end; ++c) {
+        // Read next: this head's next chunk, the run's first for the next head, the next run.
+        const bool same_head = c + 1 < end, next_run = !same_head && u.end_kv - u.kv > 1 && kv + 1 == u.end_kv;
+        const int64_t next_kv = same_head ? kv : next_run ? u.kv : kv + 1, next = same_head ? c + 1 : next_run ? end : run;
+        const Chunk<E> chunk(p, u, at, queries(kv), kv, c, next_kv, next);
+        const Gathered here(parts ? parts + (c - u.first_chunk) * floats : at.here, rows);
+        chunk.gather(here);
+        if (!parts) merge(gathered(kv), here, chunk.first_row, chunk.end_row, width);
+      }
+  }
+  for (int64_t kv = u.kv; !parts && kv < u.end_kv; ++kv) write(p, u, kv, gathered(kv));
+}
+
+// The parts of all the chunks that a single token sees, merged and written.
+template <class E>
+void merge_parts(const Problem<E>& p, const Unit& u, const Scratch<E>& at, float* parts) {
+  const int64_t width = p.width(), rows = p.group();
+  const Gathered all(at.gathered, rows);
+  all.clear(rows, width);
+  for (int64_t c = u.first_chunk; c < u.end_chunk; ++c, parts += Gathered::floats(rows, width))
+    merge(all, Gathered(parts, rows), 0, rows, width);
+  write(p, u, u.kv, all);
 }
 
 template <class E>
 int run(Problem<E> p, double rope_theta) {
-  float* inv_freq = static_cast<float*>(malloc(static_cast<size_t>(p.D / 2) * sizeof(float)));
-  p.rotary = static_cast<float*>(malloc(static_cast<size_t>(p.T * p.D) * sizeof(float)));
-  p.tiles_to = static_cast<int64_t*>(malloc(static_cast<size_t>(p.B + 1) * sizeof(int64_t)));
-  int status = inv_freq && p.rotary && p.tiles_to ? PM_OK : PM_OUT_OF_MEMORY;
-  int64_t floats = 0;
+  const int threads = pm_num_threads();
+  const Plan count = divide(p, threads, nullptr, nullptr);
+  const auto room = [](int64_t n, size_t size) { return malloc(larger(1, n) * size); };
+  float* inv_freq = static_cast<float*>(room(p.D / 2, sizeof(float)));
+  p.rotary = static_cast<float*>(room(p.T * p.D, sizeof(float)));
+  Unit* units = static_cast<Unit*>(room(count.num_units, sizeof(Unit)));
+  Unit* split = static_cast<Unit*>(room(count.num_split, sizeof(Unit)));
+  float* parts = static_cast<float*>(room(count.parts, sizeof(float)));
+  int status = inv_freq && p.rotary && units && split && parts ? PM_OK : PM_OUT_OF_MEMORY;
   if (status == PM_OK) {
     for (int64_t i = 0; i < p.D / 2; ++i)
       inv_freq[i] = static_cast<float>(pow(rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(p.D)));
-    p.tiles_to[0] = 0;
-    for (int64_t b = 0; b < p.B; ++b) {
-      const int64_t length = p.length(b), tokens = length ? p.tile_tokens(b) : 1;
-      p.tiles_to[b + 1] = p.tiles_to[b] + (length + tokens - 1) / tokens;
-      if (length) floats = larger(floats, Layout(tokens * p.group(), p.span(tokens, p.context_lens[b] + length), p.D).all);
-    }
-    const int64_t tiles = p.tiles_to[p.B];
-#pragma omp parallel num_threads(pm_num_threads())
+    const Plan plan = divide(p, threads, units, split);
+#pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < p.T; ++t) append(p, inv_freq, t);
-      float* scratch = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(round_up(floats, 16)) * sizeof(float)));
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t unit = 0; unit < tiles * p.Hkv; ++unit) {
-        if (!scratch) {
+      void* memory = aligned_alloc(64, Scratch<E>(p, plan, nullptr).bytes);
+      if (!memory) {
 #pragma omp atomic write
-          status = PM_OUT_OF_MEMORY;
-          continue;
-        }
-        const int64_t tile = tiles - 1 - unit % tiles;  // the last tokens of a sequence have the most to read
-        const int64_t b = owner(p.tiles_to, p.B, tile), tokens = p.tile_tokens(b);
-        const int64_t begin = (tile - p.tiles_to[b]) * tokens;
-        attend(p, b, begin, smaller(tokens, p.length(b) - begin), unit / tiles, scratch);
+        status = PM_OUT_OF_MEMORY;
       }
-      free(scratch);
+      const Scratch<E> at(p, plan, memory);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < plan.num_units; ++i)
+        if (memory) attend(p, plan.units[i], at, plan.units[i].part < 0 ? nullptr : parts + plan.units[i].part);
+      if (plan.num_split > 0) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < plan.num_split; ++i)
+          if (memory) merge_parts(p, plan.split[i], at, parts + plan.split[i].part);
+      }
+      free(memory);
     }
   }
   free(inv_freq);
   free(p.rotary);
-  free(p.tiles_to);
+  free(units);
+  free(split);
+  free(parts);
   return status;
 }
 
@@ -382,10 +320,10 @@ int append_attention_of(const void* qkv, void* key_cache, void* value_cache, con
                         const int32_t* context_lens, const int32_t* block_tables, void* out, int64_t T, int64_t B, int64_t M,
                         int64_t Hq, int64_t Hkv, int64_t D, int64_t block_size, double rope_theta, int64_t window,
                         float scale) {
-  return run(Problem<E>{static_cast<const E*>(qkv), static_cast<E*>(key_cache), static_cast<E*>(value_cache), cu_seqlens,
-                        context_lens, block_tables, static_cast<E*>(out), T, B, M, Hq, Hkv, D, block_size, window, scale,
-                        nullptr, nullptr},
-             rope_theta);
+  return run(
+      Problem<E>{static_cast<const E*>(qkv), static_cast<E*>(key_cache), static_cast<E*>(value_cache), cu_seqlens,
+                 context_lens, block_tables, static_cast<E*>(out), T, B, M, Hq, Hkv, D, block_size, window, scale, nullptr},
+      rope_theta);
 }
 
 }  // namespace

@@ -13,9 +13,14 @@
 //             over positions j in max(0, p - window + 1) .. p (window = 0: from 0), with key/value head h / (Hq / Hkv):
 //               out = softmax_j(q . k_j * scale) v_j, scores, softmax and sums in float32
 //             (queries are not rounded; angle in float32, its cosine and sine computed in float64 and rounded to float32)
-// ORDER       q . k in increasing d, then times scale; the sum of exponentials in lane j % 16, lanes folded as reduce_add of
-//             vec.h does; values added in increasing j, then divided by that sum. out[t] never depends on how the sequence
-//             was cut into chunks, on its neighbours, on block_size, on threads or on the instruction set.
+// ORDER       q . k in increasing d, then times scale. Positions are cut into chunks at multiples of PM_ATTENTION_CHUNK. Of
+// a
+//             chunk: the largest score; the sum of exp(score - largest) in lane j % 16, lanes folded as reduce_add of vec.h
+//             does; the values times these, added in increasing j. Chunks are merged in increasing order, from largest =
+//             -inf and sums of 0: both sums become old * exp(old largest - new largest) + the chunk's * exp(its largest -
+//             new largest). At the end the values' sum is divided by the other. Chunks of which a row sees nothing are left
+//             out. out[t] never depends on how the sequence was cut into steps, on its neighbours, on block_size, on threads
+//             or on the instruction set.
 // SOURCE      RoPE: Su et al., arXiv:2104.09864; GQA: Ainslie et al., arXiv:2305.13245
 //             paging: Kwon et al., arXiv:2309.06180
 // REGULARITIES D = 128 (any even D works), Hq / Hkv = 4 or 6, contexts to 65,536; one-row decodes and long chunks mixed
@@ -24,6 +29,9 @@
 #define PADDLE_MIXTRAL_ATTENTION_H_
 
 #include "common.h"
+
+// Positions of a chunk, the unit in which the keys of a row are summed up.
+#define PM_ATTENTION_CHUNK 256
 
 #ifdef __cplusplus
 extern "C" {
