@@ -5,14 +5,17 @@ begins on a page of the file; tensors whose size is a multiple of a page, half a
 
 Decoding reads nearly all of this memory for every token, so it should lie in huge pages. Where the system caches files
 in huge pages (as Linux 6.18 on ext4 does) the file is mapped: nothing is copied, and all processes that run the same
-export share it. Elsewhere a mapping would decode slower by some 15 %, so the file is copied into huge pages of our own.
+export share it. Even there a file written in small pieces, as copying tools do, lies in small pages: then it is dropped
+from the cache and read once more, unless the disk is slow. Elsewhere a mapping would decode slower by 15 to 50 %, so
+the file is copied into huge pages of our own.
 """
 
 import json
 import mmap
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +34,8 @@ PAGE = 4096
 CHUNK = 8 << 20  # bytes read or written at a time: whole huge pages of the file, so that it is cached in such
 # A mapping of which this share lies in huge pages reads as fast as a copy, within what can be measured.
 HUGE_SHARE = 0.9
+PROBE = 8 * CHUNK  # bytes of the file that show whether, and how fast, it is read into huge pages
+READING_AGAIN_PAYS = 0.5e9  # bytes a second from disk, about what copying into new memory reaches on a virtual machine
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 _SAFETENSORS_NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16"}
 # NumPy has no bfloat16.
@@ -64,7 +69,8 @@ def read_weights(
 ) -> dict[str, paddle.Tensor]:
     """The tensors of a file, mapped or copied (see above), with a progress bar if ``show``.
 
-    A mapped file must not be changed in place while it is in use; deleting it, or exporting again, does no harm.
+    A mapped file must not be changed in place while it is in use: cutting it short ends the process (SIGBUS). Deleting
+    it, or exporting again, does no harm. Where memory runs short, the system may drop its pages and read them again.
 
     Args:
         needed: name, element type ("uint8", "float32" or "bfloat16") and shape of every tensor the file must hold.
@@ -86,28 +92,49 @@ def read_weights(
     with progress("loading weights", path.stat().st_size, "B", show) as bar:
         if place is not None:
             return _on_device(path, header, needed, place, bar)
-        mapping = _map(path, bar)
+        size = path.stat().st_size
+        mapping = _map(path, size, bar.update)
+        if mapping is None and _drop_to_read_again(path, size):
+            bar.reset()
+            mapping = _map(path, size, bar.update)
         if mapping is not None:
             return {name: _mapped(mapping, header[name].offset, *kind) for name, kind in needed.items()}
         bar.reset()
         return _copy(path, header, needed, bar)
 
 
-def _map(path: Path, bar: tqdm) -> mmap.mmap | None:
-    """The file, read and mapped; None if that did not give huge pages."""
+def _map(path: Path, size: int, advance: Callable[[int], object]) -> mmap.mmap | None:
+    """The first ``size`` bytes of the file, read and mapped; None if that did not give huge pages."""
     before = _huge_bytes()
     try:
         # Private and writable: NumPy 1 lends nothing else; pages that nobody writes to are shared all the same.
         with open(path, "rb") as stream:
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapping = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, len(mapping), CHUNK):
-            size = min(CHUNK, len(mapping) - at)
-            mapping.madvise(_MADV_POPULATE_READ, at, size)
-            bar.update(size)
+        for at in range(0, size, CHUNK):
+            length = min(CHUNK, size - at)
+            mapping.madvise(_MADV_POPULATE_READ, at, length)
+            advance(length)
     except OSError:  # a file system that maps nothing, or a Linux that does not know one of the two
         return None
-    return mapping if _huge_bytes() - before >= HUGE_SHARE * len(mapping) else None
+    return mapping if _huge_bytes() - before >= HUGE_SHARE * size else None
+
+
+def _drop_to_read_again(path: Path, size: int) -> bool:
+    """Drops the file from the system's cache if its disk gives it back in huge pages, and faster than it is copied.
+
+    What another process has mapped, and what is not yet on disk, stays in the cache.
+    """
+    with open(path, "rb") as stream:
+        probe = min(PROBE, size)
+        os.posix_fadvise(stream.fileno(), 0, probe, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        mapping = _map(path, probe, lambda length: None)
+        if mapping is None or probe < READING_AGAIN_PAYS * (time.perf_counter() - started):
+            return False
+        mapping.close()
+        os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+    return True
 
 
 def _huge_bytes() -> int:

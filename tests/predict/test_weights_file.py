@@ -1,6 +1,7 @@
 """The weights of an exported program: what is written is what is read, mapped or copied, within the memory it needs."""
 
 import gc
+import math
 import os
 import re
 import subprocess
@@ -73,6 +74,30 @@ def test_a_mapping_shares_the_file_and_a_copy_does_not(path, weights, monkeypatc
         maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
         [area] = [m for m in maps if int(m[0].split("-")[0], 16) <= address < int(m[0].split("-")[1], 16)]
         assert (area[-1] == str(path)) == shared
+
+
+def huge_kilobytes() -> int:
+    return int(re.search(r"FilePmdMapped: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_file_cached_in_small_pages_is_read_again_in_huge_ones_if_that_pays(tmp_path, pays, monkeypatch):
+    weights = {"w": paddle.randint(0, 256, [64 << 20]).astype("uint8")}
+    written, copied = tmp_path / "written.safetensors", tmp_path / "copied.safetensors"
+    write_weights(written, weights, show=False)
+    found = read_weights(written, kinds(weights), show=False)
+    if huge_kilobytes() < 60 << 10:
+        pytest.skip("this system does not cache files in huge pages")
+    del found
+    with open(written, "rb", buffering=0) as source, open(copied, "wb", buffering=0) as target:
+        while piece := source.read(64 << 10):
+            target.write(piece)
+        os.fsync(target.fileno())
+    # A disk is faster than nothing, and slower than anything can be.
+    monkeypatch.setattr(weights_file, "READING_AGAIN_PAYS", 0.0 if pays else math.inf)
+    found = read_weights(copied, kinds(weights), show=False)
+    np.testing.assert_array_equal(host_view(found["w"]), host_view(weights["w"]))
+    assert (huge_kilobytes() >= 60 << 10) == pays
 
 
 def test_anyone_can_read_the_file(path, weights):
