@@ -138,6 +138,14 @@ inline void finish_sums(const double* total, int64_t token_total, float scale, f
     sums[r] = static_cast<float>(total[r] - 128.0 * static_cast<double>(token_total)) * scale;
 }
 
+constexpr int kPage = 4096;  // bytes
+
+// The processor's own prefetch of one long stream is the fastest there is, but it stops where a page of 4 KiB ends, and, if
+// the memory lies in such pages, waits for the next one's translation. So the next page's first lines are asked for.
+inline void prefetch_next_page(const uint8_t* w) {
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(w + kPage + line * 64, 0, 2);
+}
+
 #if defined(__AVX512F__)
 
 // The same where it is lo + 256 hi.
@@ -166,11 +174,12 @@ __attribute__((noinline)) void vnni_dots(const uint8_t* w, int64_t tiles, const 
 #pragma GCC unroll 12
   for (int i = 0; i < kSums; ++i) first[i] = second[i] = _mm512_setzero_si512();
   for (int64_t quad = 0; quad < tiles * kQuads; ++quad, w += kQuadBytes, panel += 4 * kSums) {
-    // Few tokens wait for memory, and the processor's own prefetch of one long stream is the fastest there is. More tokens
-    // keep it waiting, and it stops.
+    // Few tokens wait for memory; more keep it waiting, and the processor's prefetch stops.
     if (kSums >= 8) {
-      __builtin_prefetch(w + 4096, 0, 2);
-      __builtin_prefetch(w + 4096 + 64, 0, 2);
+      __builtin_prefetch(w + kPage, 0, 2);
+      __builtin_prefetch(w + kPage + 64, 0, 2);
+    } else if (quad % (kPage / kQuadBytes) == 0) {
+      prefetch_next_page(w);
     }
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + kQuadBytes / 2);
 #pragma GCC unroll 12
@@ -263,7 +272,8 @@ __attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const 
     for (int64_t begin = 0; begin < tiles; begin += kMaddTiles) {
       I16 acc[R][C] = {};
       const int64_t end = begin + kMaddTiles < tiles ? begin + kMaddTiles : tiles;
-      for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t tile = begin; tile < end; ++tile) {
+        if (tile % (kPage / kTileBytes) == 0) prefetch_next_page(from + tile * kTileBytes);
         for (int quad = 0; quad < kQuads; ++quad, q += 8 * C) {
           const uint8_t* at = from + tile * kTileBytes + quad * kQuadBytes;
           I16 tokens[C];
@@ -280,6 +290,7 @@ __attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const 
             for (int c = 0; c < C; ++c) acc[r][c] = madd(acc[r][c], weights, tokens[c]);
           }
         }
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
