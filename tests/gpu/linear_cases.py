@@ -82,6 +82,20 @@ def is_the_reference(device: Device, size: tuple[int, int, int], x_dtype: int, k
             assert_same_bits(again, y[part], f"rows {part.start}..{part.stop - 1} alone")
 
 
+def longest_and_largest_sums_are_exact(device: Device, tokens: int, bits: int) -> None:
+    """65,536 products of the largest integers: sums of one plane that nearly fill an int32."""
+    rows, columns = 33, 65536
+    x, q, scale = (
+        np.full([tokens, columns], 3.0, np.float32),
+        np.full([rows, columns], 127, np.int8),
+        np.ones(rows, np.float32),
+    )
+    x[tokens // 2], q[1:20] = -3.0, -127
+    weight = device.array(reference.pack_int8(q)), I8, device.array(scale), bits
+    y = call(device, encode(x, BF16), BF16, weight, F32, (tokens, rows, columns))
+    assert_same_bits(y, reference.weight_only_linear(x, q, scale, bits), "the longest sums")
+
+
 def odd_tokens(device: Device, bits: int) -> None:
     """Tokens of zeros, of very small numbers, with not a number, of one large element: as the CPU has them."""
     tokens, rows, columns = 20, 40, 200
@@ -124,5 +138,8 @@ def cases() -> list[Case]:
                 check = partial(is_the_reference, size=size, x_dtype=x_dtype, kind=kind, y_dtype=y_dtype)
                 made.append(Case("linear", name, check))
     made += [Case("linear", f"odd tokens, {bits} bits", partial(odd_tokens, bits=bits)) for bits in (16, 8)]
+    for tokens, bits in ((2, 16), (1, 8), (40, 16)):
+        check = partial(longest_and_largest_sums_are_exact, tokens=tokens, bits=bits)
+        made.append(Case("linear", f"the longest and largest sums, {tokens} tokens, {bits} bits", check))
     made += [Case("linear", f"not finite, {NAMES[d]}", partial(not_finite, dtype=d)) for d in (BF16, F16)]
     return made

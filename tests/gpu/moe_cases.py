@@ -12,8 +12,9 @@ from tests.gpu.linear_cases import WEIGHTS, Weight
 from tests.gpu.table import BF16, F16, I8
 from tests.ops.sizes import FUSED_MOE
 
-# Sizes of tiles beside the CPU's; (64, ...) and (200, ...) give an expert more tokens than one block of many has.
-GPU_SIZES = [(8, 128, 96, 8), (33, 64, 64, 8), (64, 96, 32, 4), (200, 64, 48, 2)]
+# Sizes of tiles beside the CPU's; (200, ...) gives an expert more tokens than one block of many has, (300, ...) needs
+# blocks of 128 tokens, the last one not full.
+GPU_SIZES = [(8, 128, 96, 8), (33, 64, 64, 8), (64, 96, 32, 4), (200, 64, 48, 2), (300, 96, 40, 1)]
 # h that differs in its last bit may be rounded to another of its row's 32,639 (127) steps; of the largest result.
 INT8_TOLERANCE = 5e-5
 

@@ -56,8 +56,13 @@ class Emulation:
         self.library.pm_emulation_allocate.restype = ctypes.c_void_p
         self.library.pm_emulation_allocate.argtypes = [ctypes.c_uint64]
         self.library.pm_emulation_free.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self.library.pm_emulation_launches.restype = ctypes.c_uint64
         self.library.pm_emulation_configure.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
 
     def configure(self, mode: tuple[int, int], seed: int = 0, multiprocessors: int = 4) -> None:
         """The order of threads and blocks and the time of copies, from the next launch on."""
         self.library.pm_emulation_configure(*mode, seed, multiprocessors)
+
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return self.library.pm_emulation_launches()

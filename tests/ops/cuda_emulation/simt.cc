@@ -97,6 +97,7 @@ unsigned char* shared;  // ends at a page that nothing may touch
 size_t shared_bytes;
 bool failed;
 char error[1024];
+uint64_t launches;
 
 // This library's thread-local memory: .tdata, then .tbss, where __shared__ arrays are. (A thread_local that is no shared
 // array must have an initial value, which puts it into .tdata.)
@@ -314,6 +315,7 @@ void run_block(dim3 block) {
 
 const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void* closure_) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  ++launches;
   anchor = 0;  // so that this thread has its .tbss
   dl_iterate_phdr(find_static_shared, nullptr);
   static unsigned char* const shared_pages = [] {
@@ -465,6 +467,9 @@ __attribute__((visibility("default"))) void pm_emulation_configure(int order, in
   simt::options.multiprocessors = multiprocessors;
   simt::options.random.seed(seed);
 }
+
+// Launches so far.
+__attribute__((visibility("default"))) uint64_t pm_emulation_launches() { return simt::launches; }
 
 // `bytes` of "device" memory that end, up to 15 bytes, at a page nothing may touch; filled with kPoison.
 __attribute__((visibility("default"))) void* pm_emulation_allocate(uint64_t bytes) {
