@@ -7,14 +7,13 @@
 //             at once. Blocks that follow each other take kTogether runs of tokens with the same weights, so that weights
 //             come from memory about once and tokens stay in the second-level cache.
 // ORDER       16 bits: quarters of K as tile.cuh says, a second set of sums takes each in its turn. Everything of a row of
-// the
-//             result is in one thread: nothing depends on which tokens are beside it.
-// BUDGET      int8 with two planes, 128 tokens: a step is 64 products of 16 x 8 x 32 a warp, 128 a scheduler, about 1,000
-// cycles at
-//             8 each (mma.sync reaches some 60 % of a Hopper's tensor cores); beside them 16 loads of 512 bytes a warp: 512
-//             cycles of shared memory; 24 KB of copies, 24 bytes a cycle. 2 * 128 * 128 * 64 operations every 1,000 cycles
-//             on 132 processors are 480 TFLOP/s of 16-bit arithmetic, if nothing waits; 16-bit weights the same. Registers:
-//             128 of sums and 40 of fragments, so one block a processor, and 3 steps (48 to 72 KB) under way.
+//             the result is in one thread: nothing depends on which tokens are beside it.
+// BUDGET      (estimated, not measured) int8 with two planes, 128 tokens: a step is 64 products of 16 x 8 x 32 a warp, 128 a
+//             scheduler, about 1,000 cycles at 8 each (assumed: mma.sync reaches about half of what Hopper's tensor cores
+//             can do); beside them 16 loads of 512 bytes a warp: 512 cycles of shared memory; 24 KB of copies, 24 bytes a
+//             cycle. 2 * 128 * 128 * 64 operations every 1,000 cycles on 132 processors are 480 TFLOP/s of 16-bit
+//             arithmetic, if nothing waits; 16-bit weights the same. Registers: 128 of sums and 40 of fragments, so one
+//             block a processor, and 3 steps (48 to 72 KB) under way.
 #ifndef PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
 #define PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
 

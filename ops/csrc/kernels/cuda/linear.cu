@@ -4,6 +4,11 @@
 //             are rounded by every block in its own shared memory while its first weights are on their way. More tokens, or
 //             such as do not fit, are prepared by a launch before.
 // MANY        grouped.cuh, of one group.
+// BUDGET      (estimated, not measured) Mixtral-8x7B, one token, int8: qkv is 192 blocks of 128 KB, o 128, lm_head 1,000;
+//             with 82 KB of shared memory two are on a processor, so that qkv and o are there at once. At 4.8 TB/s they take
+//             5.2, 3.5 and 27 us. Each block also reads x twice from the second-level cache (8 KB) and rounds 32 elements a
+//             thread, about 250 instructions, while its first 56 KB of weights are on their way. Eight tokens: 64 KB and
+//             2,000 instructions, one block a processor.
 // UNSUPPORTED activations or weights of other types than device.h names, K > 65,536 with int8.
 #include "decode.cuh"
 #include "formats.cuh"
@@ -16,8 +21,12 @@ namespace {
 constexpr int kResidentTokens = kGroupTokens;
 constexpr int64_t kResidentBytes = 64 * 1024;
 
-// Tokens of a block of its own: a plane of an odd number of tiles is free of bank conflicts.
-__host__ __device__ constexpr int64_t resident_stride(int tiles) { return (tiles | 1) * kTokenBytes; }
+// Bytes from a plane to the next of a block's own tokens: tokens are an odd number of half lines apart, so that eight
+// lanes, two tokens, find all banks.
+template <class Format>
+__host__ __device__ constexpr int64_t resident_stride(int tiles) {
+  return Format::kPlanes == 2 ? tiles * kTokenBytes + kTokenBytes / 2 : (tiles | 1) * kTokenBytes;
+}
 
 // tokens: prepared, or those that this block prepares from x (Resident).
 template <class Format, int Groups, bool Resident>
@@ -27,7 +36,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   __shared__ float scale[kDecodeTokens];
   __shared__ int32_t total[kDecodeTokens];
   unsigned char* shared = dynamic_shared();
-  Work work(shared, tiles, 1, Resident ? resident_stride(tiles) : tokens.stride);
+  Work work(shared, tiles, 1, Resident ? resident_stride<Format>(tiles) : tokens.stride);
   const int64_t strip = blockIdx.x;
   const auto locate = [&](int) {
     typename Work::Segment segment;
@@ -43,7 +52,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   const unsigned char* resident = nullptr;
   if constexpr (Resident) {
     __shared__ TokenScratch<kResidentTokens> scratch;
-    const TokenRows own{shared + Work::kSharedBytes, resident_stride(tiles), scale, total};
+    const TokenRows own{shared + Work::kSharedBytes, resident_stride<Format>(tiles), scale, total};
     round_tokens<Format::kPlanes>(x, 0, T, tiles, own, scratch);
     resident = work.of_token(own, min(work.lane / 4, T - 1));  // a column of no token gets the sums of another one
   } else if (Format::kFixed && static_cast<int>(threadIdx.x) < T) {
@@ -68,7 +77,7 @@ int launch_decode(const Activations& x, const TokenRows& tokens, const void* w, 
                   void* stream) {
   const int tiles = static_cast<int>(equal_parts(x.K, Format::kColumns));
   using Work = Stream<Format, Groups, Resident>;
-  const size_t resident = Resident ? static_cast<size_t>(T * Format::kPlanes * resident_stride(tiles)) : 0;
+  const size_t resident = Resident ? static_cast<size_t>(T * Format::kPlanes * resident_stride<Format>(tiles)) : 0;
   return launch(linear_decode<Format, Groups, Resident>, dim3(equal_parts(out.N, kTileRows)), dim3(kDecodeThreads),
                 Work::kSharedBytes + resident, stream, x, tokens, static_cast<const unsigned char*>(w), out, T, tiles);
 }
@@ -81,7 +90,7 @@ struct Plan {
   Plan(int64_t T_, int64_t K_) : T(T_), K(K_), tiles(static_cast<int>(equal_parts(K_, Format::kColumns))) {}
   bool few() const { return T <= kDecodeTokens; }
   bool resident() const {
-    return Format::kFixed && T <= kResidentTokens && T * Format::kPlanes * resident_stride(tiles) <= kResidentBytes;
+    return Format::kFixed && T <= kResidentTokens && T * Format::kPlanes * resident_stride<Format>(tiles) <= kResidentBytes;
   }
   bool prepares() const { return !resident() && !taken_as_they_are<Format>(K); }
 };

@@ -3,14 +3,13 @@
 // FEW         up to 32 tokens (decode.cuh): route, w13 with SwiGLU, with int8 rounding of h, w2 with the weighted sum: four
 //             launches, three of 16-bit weights. w13 has a block for each strip of each expert hit, w2 a block for each
 //             strip, through all experts hit. An expert's weights are read once, those of experts not hit never.
-// MANY        (grouped.cuh): route, lists of the experts' tokens, w13 with SwiGLU, with int8 rounding of h, w2 to a row
-//             for each token and expert, their sum.
+// MANY        (grouped.cuh): route, lists of the experts' tokens, w13 with SwiGLU, with int8 rounding of h, w2 to a row for
+//             each token and expert, their sum.
 // ORDER       every product as tile.cuh says; scales, SwiGLU and the sum over a token's experts, y = fma(share, w2_scale *
-// (w2 h),
-//             y) in increasing expert index from zero, as on the CPU: with int8 weights y has the CPU's bits. With weights
-//             of 16 bits h is rounded to the activations' type.
-// BUDGET      Mixtral-8x7B, one token, int8: 2 * 176 MB in 73 us at 4.8 TB/s. w13 is 1792 blocks of 128 KB, two on a
-//             processor at a time; w2 128 blocks of 2 * 448 KB on 132 processors.
+//             (w2 h), y) in increasing expert index from zero, as on the CPU: with int8 weights y has the CPU's bits. With
+//             weights of 16 bits h is rounded to the activations' type.
+// BUDGET      (estimated, not measured) Mixtral-8x7B, one token, int8: 2 * 176 MB in 73 us at 4.8 TB/s. w13 is 1792 blocks
+//             of 128 KB, two on a processor at a time; w2 128 blocks of 2 * 448 KB on 132 processors.
 // WORKSPACE   with many tokens mostly h: 4 I (int8, and as much again in fixed point) or 2 I bytes and 4 H bytes a row, T *
 //             top_k rows; 0.4 GB of Mixtral-8x7B's 2,048 tokens.
 // UNSUPPORTED E > 64, and what linear.cu refuses.

@@ -1,14 +1,12 @@
 // Which experts a token goes to, and which tokens an expert has: include/moe.h.
 //
 // ORDER       the CPU's: a logit is sixteen partial sums, k mod 16, in increasing k with fused multiply-add, then the fixed
-// tree of
-//             vec.h; softmax and choice as cpu/moe.cc has them. So shares and choices are the CPU's bits.
+//             tree of vec.h; softmax and choice as cpu/moe.cc has them. So shares and choices are the CPU's bits.
 // ROWS        a token's chosen experts in increasing index are its rows token * top_k + 0, 1, ...: a row's place depends on
-// its
-//             token alone.
-// BUDGET      a block a token; its logits are H / 16 fused multiply-adds after each other in each half warp, with 64 loads
-// of
-//             the gate under way: H = 4096, E = 8 reads 128 KB in four rounds of memory's latency.
+//             its token alone.
+// BUDGET      (estimated, not measured) a block a token; its logits are H / 16 fused multiply-adds after each other in each
+//             half warp, with 64 loads of the gate under way: H = 4096, E = 8 reads 128 KB in four rounds of memory's
+//             latency.
 #ifndef PADDLE_MIXTRAL_CUDA_ROUTE_CUH_
 #define PADDLE_MIXTRAL_CUDA_ROUTE_CUH_
 

@@ -1,26 +1,23 @@
 // One tile of packed weights with eight tokens on the tensor cores: what every product of this library is made of.
 //
-// WEIGHTS     are the CPU's bytes (include/quantize.h, matrix.h): a tile is 2048 bytes, [16 words][32 rows] of 32 bits, a
-// word
-//             four columns of int8 (u = w + 128) or two of 16 bits; the tiles of 32 rows (a strip) follow each other over K.
+// WEIGHTS     are the CPU's bytes (include/quantize.h): a tile is 2048 bytes, [16 words][32 rows] of 32 bits, a
+//             word four columns of int8 (u = w + 128) or two of 16 bits; the tiles of 32 rows (a strip) follow each other
+//             over K.
 // FRAGMENTS   lane = 4 group + t takes four chunks of 16 bytes: chunk j holds rows 4 group .. 4 group + 3 of word 4 t + j.
-// Its
-//             four words are the A registers of rows `group` and `group + 8` of two products of sixteen rows, so row
-//             4 group + 2 m + h of the tile is row group + 8 h of product m: no shuffle, no swizzle. A warp's load of one
+//             Its four words are the A registers of rows `group` and `group + 8` of two products of sixteen rows, so row 4
+//             group + 2 m + h of the tile is row group + 8 h of product m: no shuffle, no swizzle. A warp's load of one
 //             chunk is four whole lines of 128 bytes.
 // TOKENS      of a tile are 64 bytes a plane in increasing k, and lane (group, t) takes 16 of token `group`: its words 4 t
-// ..
-//             4 t + 3. Step s of a tile multiplies words 4 t + 2 s and 4 t + 2 s + 1: columns in another order than they
+//             .. 4 t + 3. Step s of a tile multiplies words 4 t + 2 s and 4 t + 2 s + 1: columns in another order than they
 //             lie, the same order wherever a tile is multiplied.
 // SUMS        sum [m][2 h + i]: row 4 group + 2 m + h of the tile with token 2 t + i. Four rows that follow each other are
 //             one thread's.
 // INT8        tokens are fixed point as include/linear.h says, q = lo + 256 hi in planes [lo, hi] or [lo]; sums of u lo and
-// of
-//             u hi are exact in int32 for K <= 65,536, and one conversion of lo + 256 hi - 128 sum q, exact in int64, is
+//             of u hi are exact in int32 for K <= 65,536, and one conversion of lo + 256 hi - 128 sum q, exact in int64, is
 //             rounded: the CPU's bits whatever the order.
 // 16 BITS     K is cut into four quarters of equally many tiles (the last ones fewer). A quarter's sum is accumulated by the
-//             tensor cores in increasing k, and quarters are added in their order from zero: the same bits for few and
-//             for many tokens.
+//             tensor cores in increasing k, and quarters are added in their order from zero: the same bits for few and for
+//             many tokens.
 #ifndef PADDLE_MIXTRAL_CUDA_TILE_CUH_
 #define PADDLE_MIXTRAL_CUDA_TILE_CUH_
 
