@@ -143,7 +143,7 @@ def check_device(args: argparse.Namespace) -> None:
     """Refuses what no device here can do, before the model is opened.
 
     Raises:
-        ValueError: --device gpu where there is none or nothing to drive it, or float16, which no CPU kernel has.
+        ValueError: --device gpu where there is none or nothing to drive it, or float16.
     """
     if args.device == "gpu":
         try:
@@ -151,7 +151,7 @@ def check_device(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f"--device gpu: {error}") from error
     if args.dtype == "float16":
-        raise ValueError("--dtype float16 runs on GPUs only; use --dtype bfloat16 or float32")
+        raise ValueError("--dtype float16: this version runs in bfloat16 or float32; use one of them")
 
 
 def check_benchmark(args: argparse.Namespace) -> None:

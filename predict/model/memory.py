@@ -43,7 +43,7 @@ def on_device(tensor: paddle.Tensor, place: Place) -> paddle.Tensor:
         size = tensor.size * tensor.element_size() / 1e9
         raise MemoryError(
             f"{device_name(place)} has no memory left for a weight of {size:.3f} GB; use --quant_type "
-            "weight_only_int8, more ranks, or --device cpu"
+            "weight_only_int8, or --device cpu"
         ) from error
 
 

@@ -187,7 +187,7 @@ REFUSED = {
     f"{DEMO} --mode static": "no manifest.json, so this is no exported model",
     f"{DEMO} --num_hidden_layers 1": "--num_hidden_layers is for dummy models",
     f"{DEMO} --device gpu": "--device gpu: bench measures the CPU and its kernels; use --device cpu",
-    f"{DEMO} --dtype float16": "--dtype float16 runs on GPUs only",
+    f"{DEMO} --dtype float16": "--dtype float16: this version runs in bfloat16 or float32",
     f"{DEMO} --prompt_len 2049": "--prompt_len 2049 is more than the 2048 tokens of the model's max_position",
     f"{DEMO} --context_len 5,2000": "--context_len 2000 and 64 new tokens (--gen_len) is more than the 2048 tokens",
     f"{DEMO} --batch_context_len 2000 --gen_len 49": "--batch_context_len 2000 and 49 new tokens (--gen_len) is more",

@@ -113,7 +113,7 @@ def test_tensors_of_two_devices_are_refused_by_name():
 def test_types_without_a_kernel_on_devices_are_refused_by_name():
     x = paddle.zeros([2, 16])._copy_to(PLACE, True)
     with pytest.raises(ValueError, match="linear: x is float32, needs bfloat16 or float16"):
-        linear(x, x, "float32")
+        linear(x, x, 2, "float32")
     with pytest.raises(ValueError, match="rms_norm: out_dtype is 'float32', needs bfloat16 or float16"):
         rms_norm(x, paddle.ones([16])._copy_to(PLACE, True), 1e-5, "float32")
     with pytest.raises(ValueError, match="weights are quantised on the CPU, before they are copied to a device"):

@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from ops.csrc import nvcc
+from tests.ops import cuda_emulation
 from tests.system import mock_device
 
 PREDICT = ["predict/predictor.py", "--prompt", "This module provides", "--max_length", "8", "--dtype", "bfloat16"]
@@ -16,13 +18,25 @@ def runtime(tmp_path_factory):
     return folder
 
 
-def test_a_process_with_the_device_passes_its_own_tests(runtime, exported):
-    """Those of on_mock_device.py, which need the device from the import of Paddle on."""
+@pytest.fixture
+def passes(runtime, exported):
+    """passes(file): a process that has the device from the import of Paddle on runs a file of tests; none fails."""
     artifacts = {f"EXPORTED_{name}": str(exported("bfloat16", name or None)) for name in ("", "weight_only_int8")}
-    done = mock_device.run(["-m", "pytest", "-q", "-x", "tests/system/on_mock_device.py"], runtime, **artifacts)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+
+    def passes(file: str, **variables: str) -> bool:
+        done = mock_device.run(["-m", "pytest", "-q", "-x", f"tests/system/{file}"], runtime, **artifacts, **variables)
+        print(done.stdout, done.stderr)
+        return done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout
+
+    return passes
+
+
+def test_the_cpus_kernels_on_the_device_give_the_cpus_bits(passes):
+    assert passes("on_mock_device.py")
+
+
+def test_the_cuda_kernels_emulated_on_the_device_agree_with_the_cpus(passes):
+    assert passes("on_emulated_cuda.py", PM_MOCK_KERNELS=str(cuda_emulation.build("kernels", nvcc.sources())))
 
 
 def test_the_cpu_cannot_touch_what_is_on_the_device(runtime):
