@@ -95,8 +95,8 @@ def chunks_do_not_change_a_bit(device: Device, heads: Heads, dtype: int, length:
     qkv = encode(normal(6, length, heads.width), dtype)
     expected = whole(device, heads, qkv, dtype)
     for chunk, block_size in [(1, 8), (7, 16), (32, 24), (50, 128), (100, 64)]:
-        if chunk == 1 and length > 150:
-            continue  # the emulation's time; other lengths have it
+        if chunk < 32 and length > 150:
+            continue  # the emulation's time; shorter sequences are cut so
         cache = Cache(device, heads, 1, length, block_size, dtype)
         out = [cache.step([0], [qkv[i : i + chunk]], [i])[0] for i in range(0, length, chunk)]
         assert_same_bits(np.concatenate(out), expected, f"chunks of {chunk}, pages of {block_size}")
