@@ -1,6 +1,6 @@
-"""Builds the operators: kernels once per instruction set and for GPUs, bindings once, all into ops/libpaddle_mixtral.so.
+"""Builds the operators: kernels once per instruction set and for GPUs, bindings once: ops/libpaddle_mixtral.so.
 
-Where nvcc is found also ops/device/libpm_cuda.so, with which the Paddle for CPUs drives a GPU. No GPU is needed to build.
+Where nvcc is found also ops/device/libpm_cuda.so, by which the Paddle for CPUs drives a GPU. No GPU is needed for it.
 """
 
 import importlib.metadata
