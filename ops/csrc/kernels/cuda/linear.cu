@@ -19,7 +19,7 @@ namespace pm::cuda {
 namespace {
 
 constexpr int kResidentTokens = kGroupTokens;
-constexpr int64_t kResidentBytes = 64 * 1024;
+constexpr int64_t kResidentBytes = 72 * 1024;  // eight tokens of 4,096 columns
 
 // Bytes from a plane to the next of a block's own tokens: tokens are an odd number of half lines apart, so that eight
 // lanes, two tokens, find all banks.
