@@ -7,11 +7,12 @@
 //             registers that wait for memory. It does not stop between the segments of a block (the experts of one strip).
 // BUDGET      (estimated, not measured) an H200 brings 4.8 TB/s / (132 processors * 1.755 GHz) = 21 bytes a cycle and
 //             processor; with a latency of 0.8 us that is 29 KB under way. Each block keeps 4 warps * 7 tiles * 2 KB = 56 KB
-//             under way (8 tokens), two blocks to a processor where there are so many. A warp's tile is about 50
-//             instructions (4 + planes * groups copies and loads each, 4 * planes * groups products, 15 of addresses): 8 KB
-//             every 50 issue slots of each scheduler, 160 bytes a cycle, 8 times what memory brings. Its products, at 8
-//             cycles each: 64 of two planes, 128 bytes a cycle; with 32 tokens 32. What a warp alone waits for (loads, two
-//             products after each other) is about 150 cycles a tile: 55 bytes a cycle of the four warps of one block.
+//             under way (8 tokens), two blocks to a processor where there are so many. A warp's tile is 56 to 69
+//             instructions of PTX with one group of tokens (4 + planes * groups copies and loads each, 4 * planes * groups
+//             products, the others addresses): 8 KB every 70 issue slots of each scheduler, 117 bytes a cycle, 5 times what
+//             memory brings. Its products, at 8 cycles each: 64 of two planes, 128 bytes a cycle; with 32 tokens 32. What a
+//             warp alone waits for (loads, two products after each other) is about 150 cycles a tile: 55 bytes a cycle of
+//             the four warps of one block.
 #ifndef PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 #define PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kHalfTile = 16;  // gate rows, then as many up rows
 constexpr int kSumThreads = 256;
+static_assert(kDecodeTokens <= 32, "find_hits has a lane for each token");
 
 // h [rows][stride]: SwiGLU of w13's strips, zeros from I on.
 struct HiddenOut {
