@@ -12,6 +12,8 @@
 //             it is copied to the device.
 // STATUS      PM_OK, PM_UNSUPPORTED (the message says what), PM_LAUNCH_FAILED: pm_device_kernels.last_error() has the text.
 //             sample reports a row without an answer by its token -1 alone.
+// ROUNDING    append_attention rounds rotated queries and softmax weights to the activations' type, too, as operands of
+//             matrix instructions; sample adds up in another order than the CPU (cuda/attention_tile.cuh, sampling.cu).
 // LAW         a row of the result never depends on the other rows, on T, on the launch's shape or on the workspace. Integer
 //             products equal the CPU's bit for bit.
 #ifndef PADDLE_MIXTRAL_DEVICE_H_
