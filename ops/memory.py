@@ -24,14 +24,10 @@ class MemoryReader:
         self._buffer = np.ones(num_bytes // 8, np.uint64)
 
     def bandwidth(self) -> float:
-        """Bytes per second of a pass over the buffer: the best of two, with and without asking for lines ahead."""
-        return max(self._pass(ahead) for ahead in (0, 1))
-
-    def _pass(self, ahead: int) -> float:
+        """Bytes per second of one pass over the buffer."""
         checksum = ctypes.c_uint64()
         started = time.perf_counter()
         LIBRARY.pm_cpu_read_memory(
-            *(ctypes.c_void_p(self._buffer.ctypes.data), ctypes.c_int64(self._buffer.nbytes), ctypes.c_int(ahead)),
-            *(ctypes.byref(checksum), None),
+            ctypes.c_void_p(self._buffer.ctypes.data), ctypes.c_int64(self._buffer.nbytes), ctypes.byref(checksum), None
         )
         return self._buffer.nbytes / (time.perf_counter() - started)

@@ -1,8 +1,7 @@
 // How fast this machine reads memory: the ceiling of everything memory-bound, measured with the threads kernels use.
 //
 // DEFINITION  checksum = xor of the 8-byte words of x; bytes is a multiple of 4096. Threads take pieces of 1 MiB as kernels
-//             take work: one that is held up elsewhere keeps none waiting. Which is faster, every line asked for a page
-//             ahead or the processor's own prefetch alone, depends on the processor and on its neighbours' load.
+//             take work: one that is held up elsewhere keeps none waiting.
 // EXAMPLE     a 1 GiB buffer, far larger than any cache; bandwidth = bytes / the time this takes
 #ifndef PADDLE_MIXTRAL_MEMORY_H_
 #define PADDLE_MIXTRAL_MEMORY_H_
@@ -13,7 +12,7 @@
 extern "C" {
 #endif
 
-int pm_cpu_read_memory(const void* x, int64_t bytes, int ahead, uint64_t* checksum, void* stream);
+int pm_cpu_read_memory(const void* x, int64_t bytes, uint64_t* checksum, void* stream);
 
 #ifdef __cplusplus
 }
