@@ -64,4 +64,4 @@ bench-gpu:
 	$(PYTHON) -m tests.gpu.bench $(GPU)
 
 clean:
-	rm -rf build log .venv ops/*.so ops/device *.egg-info
+	rm -rf build log .venv ops/*.so ops/plugins *.egg-info

@@ -1,10 +1,11 @@
 """Builds the operators: kernels once per instruction set and for GPUs, bindings once: ops/libpaddle_mixtral.so.
 
-Where nvcc is found also ops/device/libpm_cuda.so, by which the Paddle for CPUs drives a GPU. No GPU is needed for it.
+Where nvcc is found also ops/plugins/libpm_cuda.so, by which the Paddle for CPUs drives a GPU. No GPU is needed for it.
 """
 
 import importlib.metadata
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -110,13 +111,21 @@ class BuildOperators(build_ext):
         self.compiler.link_shared_object(
             objects, str(target), extra_postargs=["-fopenmp", *cuda_runtime, "-lrt", *libraries], target_lang="c++"
         )
-        runtime = target.parent / "device" / "libpm_cuda.so"
+        runtime = target.parent / "plugins" / "libpm_cuda.so"
         runtime.unlink(missing_ok=True)  # of an earlier build
         if archs:
             runtime.parent.mkdir(exist_ok=True)
             flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *WARNING_FLAGS, *headers]
             sources = [str(DEVICE / name) for name in ("plugin.cc", "cuda.cc")]
             self.spawn(["g++", *flags, *sources, *cuda_runtime, "-o", str(runtime)])
+
+    def copy_extensions_to_source(self) -> None:
+        """For an installation in place, which otherwise gets the library alone."""
+        super().copy_extensions_to_source()
+        built, plugins = Path(self.build_lib) / "ops" / "plugins", ROOT / "ops" / "plugins"
+        shutil.rmtree(plugins, ignore_errors=True)
+        if built.exists():
+            shutil.copytree(built, plugins)
 
     def _cpu_jobs(self) -> Iterator[Job]:
         for source in sorted(CPU_KERNELS.glob("*.cc")):

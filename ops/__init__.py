@@ -20,9 +20,22 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # The Paddle for CPUs drives a GPU through a plug-in, which it looks for once, in this folder, as it is imported. It is
 # offered ours where there is a GPU, or another one (as tests do) by this variable; what the user chose stays.
-DEVICE_RUNTIME = Path(os.environ.get("PADDLE_MIXTRAL_DEVICE_RUNTIME") or Path(__file__).resolve().parent / "device")
+RUNTIME_VARIABLE = "PADDLE_MIXTRAL_DEVICE_RUNTIME"
+DEVICE_RUNTIME = Path(os.environ.get(RUNTIME_VARIABLE) or Path(__file__).resolve().parent / "plugins")
 _GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA's driver, on Linux and inside Windows
-if "PADDLE_MIXTRAL_DEVICE_RUNTIME" in os.environ or any(map(os.path.exists, _GPU_FILES)):
-    if not os.environ.get("CUSTOM_DEVICE_ROOT"):  # Paddle leaves an empty one to its child processes
+
+
+def _offer_runtime() -> None:
+    if RUNTIME_VARIABLE not in os.environ and not any(map(os.path.exists, _GPU_FILES)):
+        return
+    # Paddle leaves an empty variable to its child processes; a Paddle for GPUs needs no plug-in.
+    if os.environ.get("CUSTOM_DEVICE_ROOT") or not any(DEVICE_RUNTIME.glob("libpm_*.so")):
+        return
+    from importlib.metadata import distributions  # takes a while to import
+
+    if next(iter(distributions(name="paddlepaddle-gpu")), None) is None:
         os.environ["CUSTOM_DEVICE_ROOT"] = str(DEVICE_RUNTIME)
-    os.environ.setdefault("GLOG_minloglevel", "1")  # else Paddle tells in seven lines that it has loaded it
+        os.environ.setdefault("GLOG_minloglevel", "1")  # else Paddle tells in seven lines that it has loaded it
+
+
+_offer_runtime()
