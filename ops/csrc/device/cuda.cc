@@ -8,10 +8,13 @@
 namespace pm::device {
 namespace {
 
-// The call's result as Paddle wants it; a failure is told with the runtime's words.
+// The call's result as Paddle wants it; a failure is told with the runtime's words. Paddle gives memory back until the very
+// end of the process, when CUDA has gone, and all it held.
 #define PM_CUDA(call)                                                             \
   do {                                                                            \
-    if (const cudaError_t error = (call); error != cudaSuccess) {                 \
+    const cudaError_t error = (call);                                             \
+    if (error == cudaErrorCudartUnloading) return C_SUCCESS;                      \
+    if (error != cudaSuccess) {                                                   \
       (void)cudaGetLastError(); /* or the next kernel's launch would report it */ \
       return fail("%s: %s", #call, cudaGetErrorString(error));                    \
     }                                                                             \
