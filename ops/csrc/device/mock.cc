@@ -118,8 +118,9 @@ class Handles {
   std::set<char*> known_;
 };
 
-Arena g_arena;
-Handles g_streams, g_events;
+// Never destroyed: Paddle gives back what it holds until the very end of the process.
+Arena& g_arena = *new Arena;
+Handles &g_streams = *new Handles, &g_events = *new Handles;
 
 C_Status initialize() { return g_arena.open() ? C_SUCCESS : fail("no memory for the arena"); }
 C_Status succeed() { return C_SUCCESS; }
