@@ -11,7 +11,7 @@ from paddle.base.core import Place
 from ops import library
 from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
 from predict.model.config import MixtralConfig
-from predict.model.memory import CPU
+from predict.model.memory import CPU, empty
 from predict.model.mixtral import Mixtral
 from predict.weights_file import read_weights
 
@@ -39,10 +39,12 @@ def bytes_per_token(config: MixtralConfig, world_size: int, dtype: str) -> int:
 def _empty_caches(
     config: MixtralConfig, world_size: int, dtype: str, num_blocks: int, block_size: int, place: Place | None
 ) -> list[paddle.Tensor]:
-    # Uninitialised on purpose: a page's memory is only touched when tokens are written to it.
+    # Uninitialised on purpose: memory is only touched where tokens are written to it.
     shapes = cache_shapes(config, world_size, num_blocks, block_size)
     try:
-        return [paddle.empty(shape, dtype, device=place or CPU) for shape in shapes]
+        if place is None:
+            return [empty(shape, dtype) for shape in shapes]
+        return [paddle.empty(shape, dtype, device=place) for shape in shapes]
     except (MemoryError, OSError) as error:  # the latter is a CustomDevice's
         size = num_blocks * block_size * bytes_per_token(config, world_size, dtype)
         raise MemoryError(

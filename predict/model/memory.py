@@ -1,4 +1,4 @@
-"""Memory for weights. On the CPU in huge pages where the system has them: decoding reads all of it for every token."""
+"""Memory for weights and caches. On the CPU in huge pages where there are such: decoding reads all of it every time."""
 
 import ctypes
 import mmap
@@ -18,7 +18,7 @@ _LIBC = ctypes.CDLL(None)
 def empty(shape: list[int], dtype: str) -> paddle.Tensor:
     """An uninitialised CPU tensor; one larger than a huge page asks for them, which takes effect as it is written.
 
-    Uninitialised because the loader writes every element, and a fill would touch the memory twice.
+    Uninitialised because whoever asks writes what it reads, and a fill would touch the memory twice.
     """
     tensor = paddle.empty(shape, dtype, device=CPU)
     size = tensor.size * tensor.element_size()
