@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ops import RUNTIME_VARIABLE
 from ops.device import gpu_place
 from predict.engine.request import SamplingParams
 from predict.model.mixtral import QUANT_TYPES
@@ -118,7 +119,12 @@ def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     model.add_argument("--mode", choices=["dynamic", "static"], help=f"default: {default_mode}")
     model.add_argument("--block_size", type=count, metavar="N", help="tokens in a page of the KV cache; default: 64")
     model.add_argument("--num_hidden_layers", type=count, metavar="N", help="layers of a dummy model")
-    model.add_argument("--device", choices=["cpu", "gpu"], help="gpu: an NVIDIA GPU, with bfloat16; default: cpu")
+    model.add_argument(
+        "--device",
+        choices=["cpu", "gpu"],
+        help="gpu: an NVIDIA GPU, with bfloat16, on one rank (or the device of a CustomDevice runtime in the folder "
+        f"{RUNTIME_VARIABLE} names, as in tests); default: cpu",
+    )
     model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")
     model.add_argument("--verify", action="store_true", default=None, help="static: hash the exported files before use")
 
