@@ -259,11 +259,8 @@ int64_t lay_out(Problem<Element>& p, void* workspace) {
 
 template <class Element, int Width>
 int attend(const Problem<Element>& p, void* stream) {
-  int device = 0, multiprocessors = 0;
-  if (const int status = check(cudaGetDevice(&device), "current device")) return status;
-  if (const int status = check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                               "number of multiprocessors"))
-    return status;
+  int multiprocessors;
+  if (const int status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors)) return status;
   const int64_t longer = std::min(p.B, p.T / 2), G = p.group();  // sequences with several new tokens at most
   const int64_t row_blocks = longer ? (p.T * G / kTileRows + longer) * p.Hkv : 0;
   const int64_t items = most_chunks(p.T, p.B, p.M, p.block_size) * p.Hkv * p.units();

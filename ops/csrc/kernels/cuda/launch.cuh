@@ -32,6 +32,13 @@ inline int check(cudaError_t error, const char* what) {
   return fail(PM_LAUNCH_FAILED, "%s: %s", what, cudaGetErrorString(error));
 }
 
+// Of the GPU in use.
+inline int device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device;
+  if (const int status = check(cudaGetDevice(&device), "which GPU")) return status;
+  return check(cudaDeviceGetAttribute(value, attribute, device), "an attribute of the GPU");
+}
+
 template <typename Tuple, size_t... I>
 void collect_addresses(Tuple& values, void** addresses, std::index_sequence<I...>) {
   ((addresses[I] = &std::get<I>(values)), ...);

@@ -17,7 +17,6 @@ namespace {
 
 using block::kThreads;
 
-constexpr int64_t kSharedLogits = 32768;     // up to so many, a row's own copy is in shared memory
 constexpr int64_t kMostTokens = 1 << 20;     // of a vocabulary: the sum of so many weights fits an integer
 constexpr float kOne = 0x1p43f;              // a weight of one as an integer
 constexpr uint32_t kInPrompt = 0x80000000u;  // in a token's count of appearances among the generated
@@ -231,7 +230,7 @@ __device__ void find_top(block::Scratch& scratch, const Row& row, int wanted, do
   }
 }
 
-// Block s: row s. `changed` is [S, V], or null: in shared memory.
+// Block s: row s. `changed` is [S, V], or null where a row's own logits fit shared memory.
 __global__ void __launch_bounds__(kThreads)
     sample_decode(const float* logits, const float* floats, const int64_t* ints, const int32_t* history_ids,
                   const int32_t* history_offsets, const int32_t* bias_ids, const float* bias_values,
@@ -272,7 +271,7 @@ struct Layout {
   Layout(void* workspace, int64_t S, int64_t V) {
     Workspace space{static_cast<unsigned char*>(workspace)};
     weights = space.take<float>(S * V);
-    changed = V > kSharedLogits ? space.take<float>(S * V) : nullptr;
+    changed = space.take<float>(S * V);
     bytes = space.used;
   }
 };
@@ -289,10 +288,13 @@ int sample(const float* logits, const float* floats, const int64_t* ints, const 
     return fail(PM_UNSUPPORTED, "sample on a GPU takes at most %lld tokens of a vocabulary; there are %lld",
                 static_cast<long long>(kMostTokens), static_cast<long long>(V));
   const Layout layout(workspace, S, V);
-  const size_t shared = sizeof(block::Scratch) + (layout.changed ? 0 : static_cast<size_t>(V) * sizeof(float));
-  return launch(sample_decode, dim3(static_cast<unsigned>(S)), dim3(kThreads), shared, stream, logits, floats, ints,
-                history_ids, history_offsets, bias_ids, bias_values, bias_offsets, next_tokens, logprobs, top_ids,
-                top_logprobs, V, layout.weights, layout.changed);
+  int most_shared;
+  if (const int status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most_shared)) return status;
+  const int64_t scratch = sizeof(block::Scratch), with_logits = scratch + V * static_cast<int64_t>(sizeof(float));
+  const bool fits = with_logits <= most_shared;
+  return launch(sample_decode, dim3(static_cast<unsigned>(S)), dim3(kThreads), fits ? with_logits : scratch, stream, logits,
+                floats, ints, history_ids, history_offsets, bias_ids, bias_values, bias_offsets, next_tokens, logprobs,
+                top_ids, top_logprobs, V, layout.weights, fits ? nullptr : layout.changed);
 }
 
 }  // namespace pm::cuda
