@@ -27,6 +27,7 @@ class Array(Protocol):
 class Device(Protocol):
     """A device and its memory."""
 
+    path: Path  # of the kernels' library
     kernels: Kernels
     stream: int | None
 
@@ -63,9 +64,9 @@ class EmulatedDevice:
     name = "emulation"
     stream = None
 
-    def __init__(self) -> None:
-        path = build("kernels", nvcc.sources())
-        self.emulation, self.kernels = Emulation(path), Kernels(path)
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or build("kernels", nvcc.sources())
+        self.emulation, self.kernels = Emulation(self.path), Kernels(self.path)
 
     def empty(self, shape: tuple[int, ...], dtype: type) -> _EmulatedArray:
         return _EmulatedArray(self.emulation, shape, dtype)
@@ -91,12 +92,13 @@ class _TorchArray:
 class TorchDevice:
     """One GPU, its memory and its stream through PyTorch; the kernels compiled by nvcc for this GPU alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         import torch
 
-        path = ROOT / "build" / "gpu" / "libpaddle_mixtral_cuda.so"
-        nvcc.build_library(path, nvcc.NATIVE)
-        self.torch, self.kernels = torch, Kernels(Path(path))
+        self.path = path or ROOT / "build" / "gpu" / "libpaddle_mixtral_cuda.so"
+        if path is None:
+            nvcc.build_library(self.path, nvcc.NATIVE)
+        self.torch, self.kernels = torch, Kernels(self.path)
         self.name = torch.cuda.get_device_name()
         self.stream = torch.cuda.current_stream().cuda_stream
 

@@ -62,6 +62,10 @@ class Kernels:
         def call(*arguments) -> None:
             status = function(*arguments)
             if status:
-                raise KernelError(f"{name}: {STATUSES[status]}: {self.table.last_error().decode()}")
+                raise KernelError(f"{name}: {STATUSES[status]}: {self.text()}")
 
         return call
+
+    def text(self) -> str:
+        """Of this thread's last failed call."""
+        return self.table.last_error().decode()
