@@ -91,6 +91,19 @@ def test_mma_of_8_bits_is_exact(kernels):
     np.testing.assert_array_equal(c, a.astype(np.int32) @ b.astype(np.int32).T)
 
 
+def test_conversions_of_float16_are_numpys(kernels):
+    every = np.arange(2**16).astype(np.uint16).view(np.float16)
+    with np.errstate(all="ignore"):
+        near = np.nextafter(every.astype(np.float32), np.float32(np.inf))
+        between = (every.astype(np.float32) + np.roll(every, 1).astype(np.float32)) / 2  # ties, most of them
+    for x in (every.astype(np.float32), near, between, RNG.standard_normal(2**16).astype(np.float32)):
+        half, wide = np.empty_like(every), np.empty_like(x)
+        assert kernels.halves(at(x), at(half), at(every), at(wide), len(x)) == 0
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(half, x.astype(np.float16))
+        np.testing.assert_array_equal(wide, every.astype(np.float32))
+
+
 def pipelined(kernels, wrong: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = RNG.integers(-8, 8, (16, 160)), RNG.integers(-8, 8, (160, 16))  # exact in bfloat16, as are the sums
     bits = [bf16(a), bf16(b)]

@@ -13,8 +13,7 @@ KERNELS = ROOT / "ops" / "csrc" / "kernels"
 
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
-    # A misaligned vector access and a shift too far are traps; what a thread does not set is neither zero nor a number.
-    *("-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error", "-ftrivial-auto-var-init=pattern"),
+    *("-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"),  # a misaligned vector access is a trap
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi"),
     *("-DPM_EMULATE", f"-I{HERE}"),
 ]
@@ -24,10 +23,16 @@ FORWARD, REVERSE, SHUFFLED = (0, 0), (1, 1), (2, 1)
 MODES = {"forward": FORWARD, "reverse": REVERSE, "shuffled": SHUFFLED}
 
 
+# What a thread does not set is neither zero nor a number.
+FLAGS_OF_GCC_12 = ["-ftrivial-auto-var-init=pattern"]
+
+
 def build(name: str, sources: list[Path]) -> Path:
     """`sources` and the emulation as one library build/cuda_emulation/`name`.so; up-to-date objects stay."""
     headers = [*HERE.glob("*.h"), *KERNELS.glob("cuda/*.cuh"), *KERNELS.glob("cuda/*.h"), *KERNELS.glob("include/*.h")]
     newest_header = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
+    version = subprocess.run(["g++", "-dumpversion"], check=True, capture_output=True, text=True).stdout
+    flags = FLAGS + (FLAGS_OF_GCC_12 if int(version.split(".")[0]) >= 12 else [])
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -35,7 +40,7 @@ def build(name: str, sources: list[Path]) -> Path:
         made = folder / f"{source.stem}.o"
         if not made.exists() or made.stat().st_mtime <= max(newest_header, source.stat().st_mtime):
             unfinished = made.with_suffix(f".{os.getpid()}.o")
-            subprocess.run(["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(unfinished)], check=True)
+            subprocess.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)], check=True)
             unfinished.replace(made)
         return str(made)
 

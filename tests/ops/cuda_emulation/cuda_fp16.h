@@ -4,12 +4,33 @@
 
 #include "cuda_runtime.h"
 
+namespace simt {
+
+// To nearest, ties to even. (g++ has _Float16 from version 12 on.)
+inline uint16_t half_bits(float x) {
+  const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // from 65520 on: infinity
+  if (magnitude < 0x38800000) {                                              // below 2^-14: a multiple of 2^-24
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_nearbyintf(__builtin_fabsf(x) * 0x1p24f)));
+  }
+  return static_cast<uint16_t>(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
+}
+
+inline float from_half_bits(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(fraction);
+  return bits<float>(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13);
+}
+
+}  // namespace simt
+
 struct __half {
   uint16_t bits;
 
   __half() = default;
-  explicit __half(float x) : bits(simt::bits<uint16_t>(static_cast<_Float16>(x))) {}  // to nearest, ties to even
-  operator float() const { return simt::bits<_Float16>(bits); }
+  explicit __half(float x) : bits(simt::half_bits(x)) {}
+  operator float() const { return simt::from_half_bits(bits); }
 };
 struct __attribute__((aligned(4))) __half2 {
   __half x, y;

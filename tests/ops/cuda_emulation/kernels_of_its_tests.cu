@@ -202,6 +202,13 @@ __global__ void faulty_kernel(int which, float* y) {
   y[me] = v;
 }
 
+__global__ void half_kernel(const float* x, __half* y, const __half* z, float* w, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = __float2half_rn(x[i]);
+    w[i] = __half2float(z[i]);
+  }
+}
+
 __global__ void atomic_kernel(int* out) {
   atomicAdd(out, 1);
   atomicMax(out + 1, static_cast<int>(blockIdx.x));
@@ -243,4 +250,7 @@ ENTRY turn_round_warp(int barrier, const float* x, float* y) {
 ENTRY unwritten(float* y) { return launch(unwritten_kernel, dim3(1), dim3(64), 256, nullptr, y); }
 ENTRY faulty(int which, float* y) { return launch(faulty_kernel, dim3(1), dim3(64), 256, nullptr, which, y); }
 ENTRY shared_memory(int bytes) { return launch(unwritten_kernel, dim3(1), dim3(0), bytes, nullptr, nullptr); }
+ENTRY halves(const float* x, __half* y, const __half* z, float* w, int n) {
+  return launch(half_kernel, dim3(1), dim3(32), 0, nullptr, x, y, z, w, n);
+}
 ENTRY atomics(int* out, int blocks) { return launch(atomic_kernel, dim3(blocks), dim3(64), 0, nullptr, out); }
