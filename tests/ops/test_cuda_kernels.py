@@ -12,7 +12,7 @@ def device() -> EmulatedDevice:
     return EmulatedDevice()
 
 
-@pytest.mark.parametrize(("index", "case"), enumerate(all_cases()), ids=str)
+@pytest.mark.parametrize(("index", "case"), list(enumerate(all_cases())), ids=str)
 def test_every_case_holds(device, index, case):
     """Case by case forward, in reverse and shuffled, and with another number of multiprocessors."""
     device.emulation.configure(list(MODES.values())[index % 3], seed=index, multiprocessors=1 + index % 5)
