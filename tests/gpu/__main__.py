@@ -4,10 +4,12 @@ Needs Python, NumPy, PyTorch and nvcc; neither Paddle nor pytest. --emulate: on 
 """
 
 import argparse
+import secrets
 import sys
 import time
 
 from tests.gpu import cases
+from tests.gpu.case import seed_run
 from tests.gpu.devices import EmulatedDevice, TorchDevice
 
 MOST_FAILURES_SHOWN = 20
@@ -18,10 +20,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--emulate", action="store_true", help="run on the emulation of CUDA instead of a GPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument(
+        "--seed", type=int, default=secrets.randbits(31), help="of all inputs; default: another every time"
+    )
     arguments = parser.parse_args()
+    seed_run(arguments.seed)
     started = time.perf_counter()
     device = EmulatedDevice() if arguments.emulate else TorchDevice()
-    print(f"built for {device.name} in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"built for {device.name} in {time.perf_counter() - started:.0f} s; --seed {arguments.seed}", flush=True)
 
     totals: dict[str, list] = {}
     failures = []

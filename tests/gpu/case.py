@@ -21,8 +21,16 @@ class Case:
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32 numbers."""
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    """Standard normal float32 numbers: others for another seed, and for another of the run's (`seed_run`)."""
+    return np.random.default_rng([_run[0], seed]).standard_normal(shape, np.float32)
+
+
+_run = [0]
+
+
+def seed_run(seed: int) -> None:
+    """Draws other inputs for every case from now on."""
+    _run[0] = seed
 
 
 def assert_within(y: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> None:
