@@ -18,6 +18,8 @@ from ops.library import ABI_VERSION, LIBRARY
 
 BUILD = "install the CUDA toolkit and build again with `pip install .` (README: NVIDIA GPUs), or use --device cpu"
 
+CUDA_TYPE = "pm_cuda"  # as ops/csrc/device/cuda.cc names it to Paddle
+
 LIBRARY.pm_cuda_kernels.restype = ctypes.c_void_p
 LIBRARY.pm_register_device.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 LIBRARY.pm_register_device.restype = None
@@ -43,8 +45,8 @@ class Runtime:
         return h2d, d2h, d2d
 
 
-def gpu_place() -> Place:
-    """The first GPU; CUDA_VISIBLE_DEVICES says which that is.
+def gpu_place(rank: int = 0) -> Place:
+    """The GPU of a rank, number rank % gpu_count() of those that CUDA_VISIBLE_DEVICES shows.
 
     Raises:
         ValueError: there is none, or no kernels for it; says how to get them.
@@ -52,11 +54,27 @@ def gpu_place() -> Place:
     cuda = paddle.is_compiled_with_cuda()
     if cuda and not LIBRARY.pm_cuda_kernels():
         raise ValueError(f"the operators were built without CUDA kernels; {BUILD}")
-    if (paddle.device.cuda.device_count() if cuda else get_custom_device_count(runtime().name)) == 0:
+    if (count := gpu_count()) == 0:
         raise ValueError("this machine shows no NVIDIA GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES); use --device cpu")
-    place = Place()
-    place.set_place(paddle.CUDAPlace(0) if cuda else paddle.CustomPlace(runtime().name, 0))
+    place, number = Place(), rank % count
+    place.set_place(paddle.CUDAPlace(number) if cuda else paddle.CustomPlace(runtime().name, number))
     return place
+
+
+def gpu_count() -> int:
+    """The GPUs this process sees."""
+    cuda = paddle.is_compiled_with_cuda()
+    return paddle.device.cuda.device_count() if cuda else get_custom_device_count(runtime().name)
+
+
+def device_number(place: Place) -> int:
+    """The number of a GPU's place among the GPUs this process sees."""
+    return place.custom_device_id() if place.is_custom_place() else place.gpu_device_id()
+
+
+def is_cuda(place: Place) -> bool:
+    """Whether a GPU's place is one of CUDA's, not of another runtime."""
+    return place.is_gpu_place() or place.custom_device_type() == CUDA_TYPE
 
 
 def device_name(place: Place) -> str:
@@ -67,10 +85,8 @@ def device_name(place: Place) -> str:
 def free_device_memory(place: Place) -> int:
     """Bytes of a GPU's memory that nobody holds."""
     total, free = ctypes.c_int64(), ctypes.c_int64()
-    custom = place.is_custom_place()
-    plugin = runtime().plugin if custom else ctypes.CDLL(str(DEVICE_RUNTIME / "libpm_cuda.so"))
-    number = place.custom_device_id() if custom else place.gpu_device_id()
-    if plugin.pm_plugin_memory(number, ctypes.byref(total), ctypes.byref(free)) != 0:
+    plugin = runtime().plugin if place.is_custom_place() else ctypes.CDLL(str(DEVICE_RUNTIME / "libpm_cuda.so"))
+    if plugin.pm_plugin_memory(device_number(place), ctypes.byref(total), ctypes.byref(free)) != 0:
         raise ValueError(f"{place} does not tell how much of its memory is free")
     return free.value
 

@@ -122,7 +122,7 @@ def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     model.add_argument(
         "--device",
         choices=["cpu", "gpu"],
-        help="gpu: an NVIDIA GPU, with bfloat16, on one rank (or the device of a CustomDevice runtime in the folder "
+        help="gpu: an NVIDIA GPU, with bfloat16 (or the device of a CustomDevice runtime in the folder "
         f"{RUNTIME_VARIABLE} names, as in tests); default: cpu",
     )
     model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")

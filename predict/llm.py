@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 from ops import library
-from ops.device import device_name, free_device_memory, gpu_place
+from ops.device import device_name, device_number, free_device_memory, gpu_count, gpu_place, is_cuda
+from ops.gpu_group import join_gpus
 from predict.artifact import Artifact, ArtifactError, refuse_artifact
 from predict.cache_size import cache_blocks, free_memory
 from predict.completion import Collector, Completion
@@ -49,7 +50,7 @@ class LLM:
         chat_template: see predict.model.chat.load_chat_template; by default the checkpoint's own.
         verify: hash the files of an exported folder before using them.
         num_hidden_layers: layers of a dummy model.
-        device: "cpu" or "gpu", which takes bfloat16 and one rank.
+        device: "cpu" or "gpu", which takes bfloat16; ranks share the GPUs out among themselves.
         ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone. Every rank makes
             the same calls, or all but the first are in predict.followers.follow.
 
@@ -82,9 +83,9 @@ class LLM:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device is {device!r}, needs 'cpu' or 'gpu'")
         ranks = ranks or alone()
-        if device == "gpu" and ranks.world_size > 1:
-            raise ValueError(f"device gpu runs on one rank in this version, not on {ranks.world_size}; use device cpu")
-        self.place = gpu_place() if device == "gpu" else None
+        self.place = gpu_place(ranks.rank) if device == "gpu" else None
+        if self.place is not None and ranks.world_size > 1 and is_cuda(self.place):
+            join_gpus(device_number(self.place))
         library.set_num_threads(ranks.local_threads if threads is None else threads)
         self.ranks, self.chat_template = ranks, chat_template
         self.max_num_seqs = positive("max_num_seqs", max_num_seqs)
@@ -190,8 +191,12 @@ class LLM:
         if world_size > 1:
             barrier()  # all have loaded what they load before
         per_token = bytes_per_token(self.config, world_size, self.dtype)
-        free = free_memory() if self.place is None else free_device_memory(self.place)
-        free = max(0, free // world_size - weights_to_load)
+        if self.place is None:
+            free, sharing = free_memory(), world_size
+        else:  # rank r is on device r % count
+            free, count = free_device_memory(self.place), gpu_count()
+            sharing = len(range(self.ranks.rank % count, world_size, count))
+        free = max(0, free // sharing - weights_to_load)
         num_blocks = least(
             cache_blocks(self.kv_cache_memory, free, block_size, per_token, self.max_num_seqs, self.total_max_length)
         )

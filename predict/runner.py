@@ -9,6 +9,7 @@ from paddle import inference
 from paddle.base.core import Place
 
 from ops import library
+from ops.gpu_group import check_gpus
 from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
 from predict.model.config import MixtralConfig
 from predict.model.memory import CPU, empty
@@ -55,6 +56,7 @@ def _empty_caches(
 
 def _result(outputs: Iterable[np.ndarray]) -> StepResult:
     result = StepResult(*outputs)
+    check_gpus()
     if (rows := np.flatnonzero(result.tokens < 0)).size:  # a device's word for what the CPU's operator refuses itself
         raise ValueError(
             f"sample: row {rows[0]} of logits holds NaN or +inf, or nothing but -inf (its bias added); needs finite "
@@ -83,7 +85,9 @@ class DynamicRunner:
         """The logits [S, V] float32 the step would sample from."""
         arguments = [*self._tensors(batch.arrays()[:5]), self.caches]
         with paddle.no_grad():
-            return self.model.logits(*arguments).numpy()
+            logits = self.model.logits(*arguments).numpy()
+        check_gpus()
+        return logits
 
     def _tensors(self, arrays: list[np.ndarray]) -> list[paddle.Tensor]:
         return [paddle.to_tensor(array, place=self.model.place or CPU) for array in arrays]

@@ -15,6 +15,7 @@ from predict.engine.batch import INPUT_NAMES, StepResult
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
 from predict.model.weights import DEMO
+from predict.parallel import Ranks
 
 PROMPT = list(range(40, 180))
 # Sampling of every kind, several samples, log-probabilities; and prompts that begin alike, longer than a step's tokens.
@@ -28,7 +29,7 @@ KINDS = [(mode, quant_type) for mode in ("dynamic", "static") for quant_type in 
 PLACE = gpu_place()
 
 
-def open_llm(mode: str, quant_type: str, device: str) -> LLM:
+def open_llm(mode: str, quant_type: str, device: str, ranks: Ranks | None = None) -> LLM:
     model = DEMO if mode == "dynamic" else os.environ[f"EXPORTED_{quant_type}"]
     return LLM(
         model,
@@ -40,6 +41,7 @@ def open_llm(mode: str, quant_type: str, device: str) -> LLM:
         kv_cache_memory=8 << 20,
         threads=1,
         device=device,
+        ranks=ranks,
     )
 
 

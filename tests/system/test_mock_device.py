@@ -1,5 +1,6 @@
 """The whole step on a device whose memory the CPU cannot touch, with the CPU's kernels behind it: the CPU's tokens."""
 
+import json
 import signal
 
 import pytest
@@ -8,6 +9,7 @@ from ops.csrc import nvcc
 from tests.ops import cuda_emulation
 from tests.system import mock_device
 
+LAUNCH = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
 PREDICT = ["predict/predictor.py", "--prompt", "This module provides", "--max_length", "8", "--dtype", "bfloat16"]
 
 
@@ -57,6 +59,43 @@ def test_the_command_line_answers_as_on_the_cpu(runtime, exported, mode):
         assert ("pm_mock:0, ready" in done.stderr) == (device == "gpu")
         answers[device] = done.stdout
     assert answers["gpu"] == answers["cpu"] != ""
+
+
+RANKS = """
+import json, sys
+from predict import parallel
+from tests.system.on_mock_device import answers, open_llm
+
+def main(ranks):
+    found = []
+    for device in ("cpu", "gpu"):
+        llm = open_llm(sys.argv[1], "weight_only_int8", device, ranks)
+        assert all(cache.place.is_custom_place() == (device == "gpu") for cache in llm.runner.caches)
+        found.append(answers(llm))
+    json.dump(found, open(f"{sys.argv[2]}/answers_{ranks.rank}.json", "w"))
+
+sys.exit(parallel.run(main))
+"""
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_two_ranks_answer_as_on_the_cpu(runtime, tmp_path, mode):
+    def launch(*command: str) -> None:
+        done = mock_device.run(
+            [*LAUNCH, "--log_dir", str(tmp_path / "log"), *command], runtime, EXPORTED_weight_only_int8=exported
+        )
+        assert done.returncode == 0, [log.read_text() for log in (tmp_path / "log").glob("workerlog.*")]
+
+    exported = str(tmp_path / "inference")
+    if mode == "static":
+        kind = ["--dtype", "bfloat16", "--quant_type", "weight_only_int8"]
+        launch("predict/export_model.py", *kind, "--output_path", exported)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launch(str(tmp_path / "ranks.py"), mode, str(tmp_path))
+    answers = [json.loads((tmp_path / f"answers_{rank}.json").read_text()) for rank in (0, 1)]
+    assert answers[0] == answers[1]
+    cpu, gpu = answers[0]
+    assert gpu == cpu
 
 
 def test_no_runtime_is_one_sentence(tmp_path):

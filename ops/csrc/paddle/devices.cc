@@ -28,7 +28,8 @@ const pm_device_kernels* pm_registered_device(const char* device_type) {
   return found == registered().end() ? nullptr : found->second;
 }
 
-// Of a build without CUDA; kernels/cuda/table.cu has the other.
+// Of a build without CUDA; kernels/cuda/table.cu has the others.
 __attribute__((weak)) const pm_device_kernels* pm_cuda_kernels(void) { return nullptr; }
+__attribute__((weak)) int pm_cuda_set_device(int) { return PM_UNSUPPORTED; }
 
 }  // extern "C"

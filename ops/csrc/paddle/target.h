@@ -71,6 +71,9 @@ inline Target target(const char* op, std::initializer_list<Named> tensors) {
   if (!device)
     fail(op, first.name, " is on ", place.DebugString(), ", for which this build has no kernels; move it with .cpu(), or ",
          "build the operators with nvcc for an NVIDIA GPU");
+  // Paddle makes a GPU the thread's as it allocates there, not before every call.
+  if (device == pm_cuda_kernels() && pm_cuda_set_device(place.GetDeviceId()) != PM_OK)
+    fail(op, device->name, " device: ", device->last_error());
 #if defined(PADDLE_WITH_CUDA) || defined(PADDLE_WITH_CUSTOM_DEVICE)
   return {device, reinterpret_cast<void*>(first.tensor->stream())};
 #else

@@ -2,7 +2,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#include "kernels.h"
+#include "launch.cuh"
 
 namespace pm::cuda {
 namespace {
@@ -43,4 +43,8 @@ __attribute__((visibility("default"))) const pm_device_kernels* pm_cuda_kernels(
       all_gather,
   };
   return &table;
+}
+
+__attribute__((visibility("default"))) int pm_cuda_set_device(int device) {
+  return pm::cuda::check(cudaSetDevice(device), "choosing the GPU");
 }

@@ -73,6 +73,8 @@ typedef struct pm_device_kernels {
 
 // NULL where the library was built without CUDA.
 const pm_device_kernels* pm_cuda_kernels(void);
+// Makes a GPU the calling thread's, which its launches and pm_cuda_group_create (collective.h) then use.
+int pm_cuda_set_device(int device);
 
 #ifdef __cplusplus
 }
