@@ -1,6 +1,5 @@
 """append_attention: the reference within the types' rounding; chunks, neighbours and pages do not change a bit."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,26 +9,11 @@ from tests.gpu.case import Case, assert_same_bits, assert_within, normal
 from tests.gpu.devices import Device
 from tests.gpu.floats import NAMES, ROUNDING, STORED, decode, encode
 from tests.gpu.table import BF16, F16, KernelError
-from tests.ops.sizes import ATTENTION, WINDOWS
+from tests.ops.sizes import ATTENTION, WINDOWS, Heads
 
 MOST_HEAD_DIM = 128
 # Inputs, roped keys, perhaps probabilities, and results are each rounded; results are averages of values of order one.
 TOLERANCE = {BF16: 2.0**-6, F16: 2.0**-9}
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Hq, Hkv, D, rope_theta and window of one attention layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1e4
-    window: int = 0
-
-    @property
-    def width(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
 class Cache:

@@ -1,5 +1,7 @@
 """The sizes every implementation of an operator is tested at: the CPU's, the emulated GPU's and the GPU's."""
 
+from dataclasses import dataclass
+
 # (T, N, K): K around the 16 lanes of a vector and the columns of tiles (32, 64); T around the panels (6, 12 tokens) and
 # tasks (48) of the CPU.
 LINEAR = [
@@ -20,6 +22,26 @@ FUSED_MOE = [(1, 16, 16, 1), (1, 77, 33, 5), (2, 64, 48, 3), (9, 40, 530, 8), (3
 
 # (T, H)
 RMS_NORM = [(1, 1), (1, 15), (3, 16), (5, 77), (2, 4096), (33, 130)]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Hq, Hkv, D, rope_theta and window of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e4
+    window: int = 0
+
+    @property
+    def width(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def arguments(self) -> tuple:
+        """As the operator and its reference take them."""
+        return self.num_heads, self.num_kv_heads, self.rope_theta, self.window
+
 
 # (Hq, Hkv, D, block_size); a GPU refuses D above 128 or not a multiple of 8.
 ATTENTION = [

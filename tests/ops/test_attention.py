@@ -1,7 +1,7 @@
 """ops.attention against the reference, against attention without pages, and against itself cut differently."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,30 +12,12 @@ from ops import reference
 from ops.attention import append_attention
 from ops.library import num_threads, set_num_threads
 from tests.ops.instruction_sets import digests
-from tests.ops.sizes import ATTENTION, WINDOWS
+from tests.ops.sizes import ATTENTION, WINDOWS, Heads
 
 # float32 dot products and softmax sums in another order; results are averages of values of order one.
 FLOAT32_TOLERANCE = 3e-6
 # Inputs, roped keys and results are each rounded to 8 bits; the reference sees rounded inputs but unrounded keys.
 BFLOAT16_TOLERANCE = 2.0**-6
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Hq, Hkv, D, rope_theta and sliding_window of one attention layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1e4
-    sliding_window: int = 0
-
-    @property
-    def width(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    def arguments(self) -> tuple:
-        return self.num_heads, self.num_kv_heads, self.rope_theta, self.sliding_window
 
 
 MIXTRAL_LIKE = Heads(8, 2, 128, 1e6)
@@ -95,7 +77,7 @@ def textbook(heads: Heads, qkv: np.ndarray) -> np.ndarray:
         q, k = ((x[:, i, :half] + 1j * x[:, i, half:]) * turn for i in (h, heads.num_heads + kv))
         scores = (q @ k.conj().T).real / np.sqrt(heads.head_dim)
         distance = np.subtract.outer(np.arange(length), np.arange(length))
-        scores[(distance < 0) | (distance >= (heads.sliding_window or length))] = -np.inf
+        scores[(distance < 0) | (distance >= (heads.window or length))] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out.append(weights / weights.sum(axis=1, keepdims=True) @ x[:, heads.num_heads + heads.num_kv_heads + kv])
     return np.concatenate(out, axis=1)
@@ -131,7 +113,7 @@ def test_append_attention_is_the_reference(num_heads, num_kv_heads, head_dim, bl
 @pytest.mark.parametrize("window", [0, 100, 256, 300])
 @pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(5, 1, 34)])
 def test_many_chunks_of_positions_are_the_reference(heads, window):
-    heads = replace(heads, sliding_window=window)
+    heads = replace(heads, window=window)
     lengths, contexts = [1, 1, 1, 3, 40, 1], [255, 256, 511, 254, 490, 700]
     cache = Cache(heads, len(lengths), 720, 16)
     keys, values = values_of(cache.keys), values_of(cache.values)
@@ -195,7 +177,7 @@ CHUNK = reference.ATTENTION_CHUNK
 )
 @pytest.mark.parametrize("window", [0, 1, 100, CHUNK, CHUNK + 20])
 def test_single_tokens_at_borders_of_chunks_are_those_of_the_prompt(heads, block_size, window, dtype):
-    heads = replace(heads, sliding_window=window)
+    heads = replace(heads, window=window)
     prompt = random(2 * CHUNK + 40, heads.width, seed=31)
     set_num_threads(2)
     whole = one_piece(heads, prompt, 16, dtype)

@@ -8,8 +8,8 @@
 //             router and the norms as they are.
 // STREAM      a call only enqueues: it never waits for the device and never allocates. What it needs beside its arguments is
 //             `workspace`, at least NAME_workspace(...) bytes, 256-byte aligned, with any contents, free again for the
-//             stream's next call. Values in device memory are not checked: what the CPU's binding refuses is refused before
-//             it is copied to the device.
+//             stream's next call. Values in device memory (ids, lengths, pages) are not checked: whoever copies
+//             them there answers for them, as the engine does, which refuses foreign tokens and deals the pages itself.
 // STATUS      PM_OK, PM_UNSUPPORTED (the message says what), PM_LAUNCH_FAILED: pm_device_kernels.last_error() has the text.
 //             sample reports a row without an answer by its token -1 alone.
 // ROUNDING    append_attention rounds rotated queries and softmax weights to the activations' type, too, as operands of
