@@ -1,6 +1,7 @@
 """What test_mock_device.py runs in a process that has had the mock device since it imported Paddle."""
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import paddle
@@ -64,7 +65,7 @@ def test_tokens_and_logprobs_are_the_cpus(mode, quant_type):
 
 
 @pytest.mark.parametrize(("mode", "quant_type"), KINDS)
-def test_a_step_copies_its_inputs_up_and_its_outputs_down(mode, quant_type):
+def test_a_step_copies_the_inputs_that_changed_up_and_its_outputs_down(mode, quant_type):
     llm = open_llm(mode, quant_type, "gpu")
     steps, before = [], runtime().copies()
     step = llm.runner.step
@@ -72,7 +73,10 @@ def test_a_step_copies_its_inputs_up_and_its_outputs_down(mode, quant_type):
     answers(llm)
     up, down, across = (b - a for a, b in zip(before, runtime().copies(), strict=True))
     assert len(steps) > 20
-    assert up == len(steps) * len(INPUT_NAMES)
+    pairs = [zip(old.arrays(), new.arrays(), strict=True) for old, new in pairwise(steps)]
+    changed = [not np.array_equal(old, new) for pair in pairs for old, new in pair]
+    assert up == len(INPUT_NAMES) + sum(changed)
+    assert not all(changed)
     assert down == len(steps) * len(StepResult._fields)
     assert across == 0
 
