@@ -90,6 +90,8 @@ __attribute__((noinline)) void unit_dots(const bf16* w, int64_t tiles, const uin
 #pragma GCC unroll 12
   for (int c = 0; c < C; ++c) first[c] = second[c] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < tiles * kPairs; ++pair, w += kPairElements, panel += 4 * C) {
+    static_assert(kPairElements * sizeof(bf16) == kStreamStep);
+    prefetch_stream<C>(w, pair);
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + kPairElements / 2);
 #pragma GCC unroll 12
     for (int c = 0; c < C; ++c) {

@@ -138,14 +138,6 @@ inline void finish_sums(const double* total, int64_t token_total, float scale, f
     sums[r] = static_cast<float>(total[r] - 128.0 * static_cast<double>(token_total)) * scale;
 }
 
-constexpr int kPage = 4096;  // bytes
-
-// The processor's own prefetch of one long stream is the fastest there is, but it stops where a page of 4 KiB ends, and, if
-// the memory lies in such pages, waits for the next one's translation. So the next page's first lines are asked for.
-inline void prefetch_next_page(const uint8_t* w) {
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(w + kPage + line * 64, 0, 2);
-}
-
 #if defined(__AVX512F__)
 
 // The same where it is lo + 256 hi.
@@ -174,13 +166,8 @@ __attribute__((noinline)) void vnni_dots(const uint8_t* w, int64_t tiles, const 
 #pragma GCC unroll 12
   for (int i = 0; i < kSums; ++i) first[i] = second[i] = _mm512_setzero_si512();
   for (int64_t quad = 0; quad < tiles * kQuads; ++quad, w += kQuadBytes, panel += 4 * kSums) {
-    // Few tokens wait for memory; more keep it waiting, and the processor's prefetch stops.
-    if (kSums >= 8) {
-      __builtin_prefetch(w + kPage, 0, 2);
-      __builtin_prefetch(w + kPage + 64, 0, 2);
-    } else if (quad % (kPage / kQuadBytes) == 0) {
-      prefetch_next_page(w);
-    }
+    static_assert(kQuadBytes == kStreamStep);
+    prefetch_stream<kSums>(w, quad);
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + kQuadBytes / 2);
 #pragma GCC unroll 12
     for (int i = 0; i < kSums; ++i) {
