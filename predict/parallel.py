@@ -25,6 +25,7 @@ import paddle
 
 from ops.collective import all_gather, all_reduce, group, join_group, leave_group
 from ops.library import set_num_threads
+from predict.processors import processors
 
 JOIN_TIMEOUT_VARIABLE = "PADDLE_MIXTRAL_GROUP_TIMEOUT"
 JOIN_TIMEOUT_S = 120.0  # ranks import at different speed
@@ -39,7 +40,7 @@ class Ranks:
     Attributes:
         rank: 0 .. world_size - 1; rank 0 prints, serves and writes files.
         world_size: ranks of the job.
-        local_threads: threads this rank's kernels use: its share of the machine's processors.
+        local_threads: threads this rank's kernels use: its share of the processors (predict.processors).
     """
 
     rank: int
@@ -48,8 +49,8 @@ class Ranks:
 
 
 def alone() -> Ranks:
-    """This process as the only rank, with all processors it may run on."""
-    return Ranks(0, 1, len(os.sched_getaffinity(0)))
+    """This process as the only rank, with all processors it may use."""
+    return Ranks(0, 1, processors())
 
 
 def join(step_timeout_s: float = STEP_TIMEOUT_S) -> Ranks:
@@ -65,7 +66,7 @@ def join(step_timeout_s: float = STEP_TIMEOUT_S) -> Ranks:
         ValueError: ranks on several machines, an environment the launcher does not make, or ranks that did not join.
     """
     world_size, rank = _number("PADDLE_TRAINERS_NUM", 1), _number("PADDLE_TRAINER_ID", 0)
-    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    threads = max(1, processors() // world_size)
     if world_size > 1:
         _refuse_several_machines(world_size)
         _die_with_launcher()

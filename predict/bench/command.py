@@ -24,6 +24,7 @@ from predict.bench.report import SCHEMA_VERSION, measurement, percentiles, table
 from predict.command import run_command
 from predict.llm import LLM
 from predict.parallel import Ranks, barrier
+from predict.processors import processors
 from predict.progress import progress
 from predict.runner import bytes_per_token
 
@@ -69,7 +70,7 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
         "command": arguments,
         "machine": {
             "processor": processor(),
-            "processors": len(os.sched_getaffinity(0)),
+            "processors": processors(),
             "memory": total_memory(),
             "instruction_set": library.cpu_isa(),
             "load_average": load_average,

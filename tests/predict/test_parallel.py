@@ -1,11 +1,10 @@
 """predict.parallel's reading of the launcher's environment."""
 
-import os
-
 import pytest
 
 from ops.collective import group
 from predict import parallel
+from predict.processors import processors
 
 LAUNCHED = {
     "PADDLE_TRAINER_ID": "1",
@@ -33,7 +32,7 @@ def launched(monkeypatch):
 def test_without_a_launcher_it_is_rank_0_of_1(monkeypatch):
     for variable in LAUNCHED:
         monkeypatch.delenv(variable, raising=False)
-    assert parallel.join() == parallel.Ranks(0, 1, len(os.sched_getaffinity(0)))
+    assert parallel.join() == parallel.Ranks(0, 1, processors())
     assert group() == (0, 1)
     parallel.barrier()
     assert parallel.run(lambda ranks: ranks.rank + 7) == 7
