@@ -82,13 +82,39 @@ def device_name(place: Place) -> str:
     return str(place).removeprefix("Place(").removesuffix(")")
 
 
-def free_device_memory(place: Place) -> int:
-    """Bytes of a GPU's memory that nobody holds."""
+def device_memory(place: Place) -> tuple[int, int]:
+    """Bytes of a GPU's memory: all, and those nobody holds."""
     total, free = ctypes.c_int64(), ctypes.c_int64()
+    _call(place, "memory", ctypes.byref(total), ctypes.byref(free))
+    return total.value, free.value
+
+
+def device_model(place: Place) -> str:
+    """What a GPU is called, such as "NVIDIA H200"."""
+    name = ctypes.create_string_buffer(256)
+    _call(place, "name", name, len(name))
+    return name.value.decode()
+
+
+def copy_on_device(place: Place, to: int, source: int, num_bytes: int) -> None:
+    """Enqueues a copy of bytes from one address of a GPU's memory to another.
+
+    Paddle's own work may run on other streams: whoever copies what that reads or writes calls :func:`synchronize`
+    first, and again before that work is given the result.
+    """
+    _call(place, "copy", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_int64(num_bytes))
+
+
+def synchronize(place: Place) -> None:
+    """Returns when a GPU has done all it was given."""
+    _call(place, "synchronize")
+
+
+def _call(place: Place, function: str, *arguments) -> None:
+    """pm_plugin_``function`` of ops/csrc/device/plugin.h, on the device of a place."""
     plugin = runtime().plugin if place.is_custom_place() else ctypes.CDLL(str(DEVICE_RUNTIME / "libpm_cuda.so"))
-    if plugin.pm_plugin_memory(device_number(place), ctypes.byref(total), ctypes.byref(free)) != 0:
-        raise ValueError(f"{place} does not tell how much of its memory is free")
-    return free.value
+    if getattr(plugin, f"pm_plugin_{function}")(device_number(place), *arguments) != 0:
+        raise ValueError(f"{device_name(place)}: pm_plugin_{function} failed; the line before says why")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ops import library
-from ops.device import device_name, device_number, free_device_memory, gpu_count, gpu_place, is_cuda
+from ops.device import device_memory, device_name, device_number, gpu_count, gpu_place, is_cuda
 from ops.gpu_group import join_gpus
 from predict.artifact import Artifact, ArtifactError, refuse_artifact
 from predict.cache_size import cache_blocks, free_memory
@@ -194,7 +194,7 @@ class LLM:
         if self.place is None:
             free, sharing = free_memory(), world_size
         else:  # rank r is on device r % count
-            free, count = free_device_memory(self.place), gpu_count()
+            free, count = device_memory(self.place)[1], gpu_count()
             sharing = len(range(self.ranks.rank % count, world_size, count))
         free = max(0, free // sharing - weights_to_load)
         num_blocks = least(

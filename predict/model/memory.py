@@ -1,7 +1,10 @@
 """Memory for weights and caches. On the CPU in huge pages where there are such: decoding reads all of it every time."""
 
 import ctypes
+import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from ops.device import device_name
 
 CPU = paddle.CPUPlace()
 HUGE_PAGE = 2 << 20  # bytes, on x86-64
+ELEMENT_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 _LIBC = ctypes.CDLL(None)
 
 
@@ -31,18 +35,33 @@ def empty(shape: list[int], dtype: str) -> paddle.Tensor:
     return tensor
 
 
+def empty_on_device(shape: list[int], dtype: str, place: Place) -> paddle.Tensor:
+    """An uninitialised tensor in a device's memory.
+
+    Raises:
+        MemoryError: it has no room for it.
+    """
+    with _no_room(math.prod(shape) * ELEMENT_BYTES[dtype], place):
+        return paddle.empty(shape, dtype, device=place)
+
+
 def on_device(tensor: paddle.Tensor, place: Place) -> paddle.Tensor:
     """A copy of a CPU tensor in a device's memory.
 
     Raises:
         MemoryError: it has no room for it.
     """
-    try:
+    with _no_room(tensor.size * tensor.element_size(), place):
         return tensor._copy_to(place, True)
-    except OSError as error:  # what Paddle makes of a CustomDevice's refusal
-        size = tensor.size * tensor.element_size() / 1e9
+
+
+@contextmanager
+def _no_room(size: int, place: Place) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, OSError) as error:  # the latter is what Paddle makes of a CustomDevice's refusal
         raise MemoryError(
-            f"{device_name(place)} has no memory left for a weight of {size:.3f} GB; use --quant_type "
+            f"{device_name(place)} has no memory left for a weight of {size / 1e9:.3f} GB; use --quant_type "
             "weight_only_int8, or --device cpu"
         ) from error
 

@@ -31,6 +31,8 @@ QUANT_TYPES = {"weight_only_int8": 16, "a8w8": 8}
 class Linear(nn.Layer):
     """y = x W^T with W [out, in] in the activation dtype or int8; all but float32 packed."""
 
+    padded = False
+
     def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None, out_dtype: str):
         super().__init__()
         self.out_features, self.out_dtype = out_features, out_dtype
@@ -45,6 +47,8 @@ class Linear(nn.Layer):
 
 class DecoderLayer(nn.Layer):
     """Attention and experts of one layer, as this rank holds them."""
+
+    padded = False
 
     def __init__(self, config: MixtralConfig, dtype: str, quant_type: str | None, world_size: int):
         super().__init__()
@@ -200,7 +204,7 @@ def _add_weight(
     shape_in_tiles: Callable[[int, int, str], list[int]],
 ) -> None:
     """``name``, weights of ``shape`` as the kernels take them: packed, but for float32; with int8, ``name``_scale, one
-    float32 per output row."""
+    float32 per output row. ``layer.padded`` becomes true where tiles hold more than the weights."""
     if quant_type is None and dtype == "float32":
         _add_buffer(layer, name, shape, dtype)
         return
@@ -208,6 +212,7 @@ def _add_weight(
     packed = [*shape[:-2], *shape_in_tiles(shape[-2], shape[-1], element)]
     _add_buffer(layer, name, packed, "uint8" if element == "int8" else element)
     if math.prod(packed) != math.prod(shape):
+        layer.padded = True
         host_view(getattr(layer, name))[...] = INT8_ZERO if element == "int8" else 0
     if element == "int8":
         _add_buffer(layer, f"{name}_scale", shape[:-1], "float32")

@@ -15,11 +15,13 @@ import paddle
 from numpy.random import SFC64, Generator
 from paddle.base.core import Place
 
+from ops.device import synchronize
 from ops.quantize import INT8_ZERO, pack_into, quantize_int8_into
 from predict.model.checkpoint import Checkpoint, CheckpointError
 from predict.model.config import ConfigError, MixtralConfig, positive
 from predict.model.memory import host_view, on_device
-from predict.model.mixtral import Mixtral, padded_vocab_share
+from predict.model.mixtral import DecoderLayer, Mixtral, padded_vocab_share
+from predict.model.noise import Noise
 from predict.progress import progress
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -43,10 +45,9 @@ class DummyWeights:
     def __init__(self, config: MixtralConfig, seed: int = 0):
         self.shapes = expected_tensors(config)
         self.seed = seed
-        values = (np.clip(np.arange(256, dtype=np.uint8).view(np.int8), -127, 127) * np.float32(DUMMY_STEP)).astype(
-            np.float32
-        )
-        self.bfloat16_of_byte = (values.view(np.uint32) >> 16).astype(np.uint16)
+        int8 = np.clip(np.arange(256, dtype=np.uint8).view(np.int8), -127, 127)
+        self.packed_int8_of_byte = (int8.astype(np.int16) + INT8_ZERO).astype(np.uint8)
+        self.bfloat16_of_byte = ((int8 * np.float32(DUMMY_STEP)).view(np.uint32) >> 16).astype(np.uint16)
 
     def read(self, name: str) -> tuple[np.ndarray, str]:
         shape = self.shapes[name]
@@ -55,6 +56,10 @@ class DummyWeights:
         random = Generator(SFC64([self.seed, zlib.crc32(name.encode())]))
         bits = np.frombuffer(random.bytes(int(np.prod(shape))), np.uint8)
         return self.bfloat16_of_byte[bits].reshape(shape), "bfloat16"
+
+    def noise(self, place: Place, quant_type: str | None) -> Noise:
+        """The same kind of weights, packed, for a device to make: those of int8 are times DUMMY_STEP."""
+        return Noise(place, self.bfloat16_of_byte if quant_type is None else self.packed_int8_of_byte, self.seed)
 
 
 def expected_tensors(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
@@ -140,7 +145,8 @@ def load(
         quant_type: "weight_only_int8", "a8w8" (the same weights) or None. Whole rows are quantised before they are
             split, so scales do not depend on the number of ranks.
         place: a device to copy the weights to, layer by layer, so that the host holds little more than one; None: they
-            stay on the CPU.
+            stay on the CPU. A device makes a dummy's large weights itself, others than a CPU's and than those of
+            another number of ranks.
     """
     model = Mixtral(config, dtype, quant_type, world_size, place)
     _Loader(model, source, rank).load()
@@ -167,30 +173,58 @@ class _Loader:
         shapes = expected_tensors(self.config)
         work = "loading weights" if model.quant_type is None else "quantising weights"
         self.bar = progress(work, sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0)
+        self.noise = None
+        if model.place is not None and isinstance(source, DummyWeights):
+            self.noise = source.noise(model.place, model.quant_type)
 
     def load(self) -> None:
-        config, model = self.config, self.model
+        model = self.model
         with self.bar:
             self._plain(model.embed_tokens, "model.embed_tokens.weight")
+            if self.noise is not None:
+                self.noise.set_tokens_apart(host_view(model.embed_tokens))
             for i, layer in enumerate(model.layers):
                 name = f"model.layers.{i}"
                 self._plain(layer.input_layernorm, f"{name}.input_layernorm.weight")
-                row = 0
-                for part in ("q_proj", "k_proj", "v_proj"):
-                    row += self._rows(layer.qkv_proj, "weight", f"{name}.self_attn.{part}.weight", at=row)
-                self._columns(layer.o_proj, "weight", f"{name}.self_attn.o_proj.weight")
                 self._plain(layer.post_attention_layernorm, f"{name}.post_attention_layernorm.weight")
                 self._plain(layer.gate, f"{name}.block_sparse_moe.gate.weight")
-                for e in range(config.num_local_experts):
-                    expert = f"{name}.block_sparse_moe.experts.{e}"
-                    up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e, half=0)
-                    self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e, half=1)
-                    self._columns(layer, "w2", f"{expert}.w2.weight", expert=e)
+                if not self._made(name, layer.qkv_proj, layer.o_proj, layer):
+                    self._matrices(name, layer)
                 self._move(layer)
             self._plain(model.norm, "model.norm.weight")
-            head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-            self._vocabulary(head)
+            if model.config.tie_word_embeddings:
+                self._vocabulary("model.embed_tokens.weight")
+            elif not self._made("lm_head.weight", model.lm_head):
+                self._vocabulary("lm_head.weight")
             self._move(model)
+        if self.noise is not None:
+            synchronize(self.noise.place)
+
+    def _matrices(self, name: str, layer: DecoderLayer) -> None:
+        """Attention's projections and the experts of one layer."""
+        row = 0
+        for part in ("q_proj", "k_proj", "v_proj"):
+            row += self._rows(layer.qkv_proj, "weight", f"{name}.self_attn.{part}.weight", at=row)
+        self._columns(layer.o_proj, "weight", f"{name}.self_attn.o_proj.weight")
+        for e in range(self.config.num_local_experts):
+            expert = f"{name}.block_sparse_moe.experts.{e}"
+            up = self._rows(layer, "w13", f"{expert}.w1.weight", expert=e, half=0)
+            self._rows(layer, "w13", f"{expert}.w3.weight", at=up, expert=e, half=1)
+            self._columns(layer, "w2", f"{expert}.w2.weight", expert=e)
+
+    def _made(self, name: str, *parts: paddle.nn.Layer) -> bool:
+        """Has the device make all packed weights of some layers, if they are a dummy's and fill their tiles."""
+        if self.noise is None or any(part.padded for part in parts):
+            return False
+        for number, part in enumerate(parts):
+            for weight in ("weight", "w13", "w2"):
+                if not hasattr(part, weight):
+                    continue
+                made = self.noise.make(part, weight, f"{name} {number} {weight} {self.rank}")
+                self.bar.update(made * self.world_size)
+                if self.model.quant_type is not None:
+                    host_view(getattr(part, f"{weight}_scale"))[...] = DUMMY_STEP
+        return True
 
     def _move(self, layer: paddle.nn.Layer) -> None:
         """What of the layer is still on the CPU goes to the model's device, if it has one."""

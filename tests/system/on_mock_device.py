@@ -2,12 +2,14 @@
 
 import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
-from ops.device import free_device_memory, gpu_place, runtime
+from ops.counters import Counters
+from ops.device import device_memory, gpu_place, runtime
 from ops.embedding import embedding
 from ops.linear import linear
 from ops.norm import rms_norm
@@ -15,7 +17,9 @@ from ops.quantize import quantize_int8
 from predict.engine.batch import INPUT_NAMES, StepResult
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
-from predict.model.weights import DEMO
+from predict.model.config import MixtralConfig
+from predict.model.noise import TILE_BYTES, TILES
+from predict.model.weights import DEMO, DummyWeights, dummy_config, load
 from predict.parallel import Ranks
 
 PROMPT = list(range(40, 180))
@@ -94,12 +98,67 @@ def test_a_row_without_an_answer_is_the_cpus_sentence(mode):
         llm.generate([PROMPT], SamplingParams(max_tokens=1))
 
 
+@pytest.mark.parametrize("quant_type", [None, "weight_only_int8"])
+def test_a_device_makes_a_dummys_large_weights_itself(quant_type):
+    config = dummy_config("dummy:demo", None)
+    before = runtime().copies()
+    made = dict(load(config, DummyWeights(config), "bfloat16", quant_type, place=PLACE).named_buffers())
+    across = runtime().copies()[2] - before[2]
+    of_cpu = dict(load(config, DummyWeights(config), "bfloat16", quant_type).named_buffers())
+    noise = DummyWeights(config).noise(PLACE, quant_type)
+    tiles = noise.block.numpy().view(np.uint8).reshape(TILES, TILE_BYTES)
+    starts = {}
+    for name, buffer in made.items():
+        assert buffer.place.is_custom_place()
+        if name.endswith(("weight", "w13", "w2")):  # a window of the block, and each another one
+            found = buffer.numpy().view(np.uint8).reshape(-1, TILE_BYTES)
+            [starts[name]] = np.flatnonzero((tiles == found[0]).all(axis=1))
+            assert np.array_equal(found, tiles[(starts[name] + np.arange(len(found))) % TILES])
+        elif name.endswith("scale"):  # a row of the CPU's may lack the largest weight, 127
+            assert np.allclose(buffer.numpy(), of_cpu[name].numpy(), rtol=0.1)
+        elif name != "embed_tokens":
+            assert np.array_equal(buffer.numpy(), of_cpu[name].numpy())
+    assert len(set(starts.values())) == len(starts) == 4 * config.num_hidden_layers + 1
+    assert len(starts) <= across <= 2 * len(starts)
+
+
+@pytest.mark.parametrize("quant_type", [None, "weight_only_int8"])
+def test_a_windows_end_is_followed_by_the_blocks_beginning(quant_type, monkeypatch):
+    monkeypatch.setattr("predict.model.noise.TILES", 7)
+    config = dummy_config("dummy:demo", 1)
+    made = load(config, DummyWeights(config), "bfloat16", quant_type, place=PLACE).layers[0].w13
+    tiles = made.numpy().view(np.uint8).reshape(-1, TILE_BYTES)
+    assert len(tiles) > 4 * 7
+    assert np.array_equal(tiles[7:], tiles[:-7])
+    assert len(np.unique(tiles, axis=0)) == 7
+
+
+def test_a_dummys_experts_are_all_hit():
+    llm = LLM("dummy:demo", dtype="bfloat16", kv_cache_memory=8 << 20, threads=1, device="gpu")
+    before = Counters.read()
+    scores = llm.score(np.random.default_rng(0).integers(0, llm.config.vocab_size, 64).tolist())
+    added = Counters.read().since(before)
+    assert np.isfinite(scores).all()
+    assert added.experts_hit / added.moe_calls > 7.5  # of 8
+    assert added.busiest_tokens / added.moe_calls < 32  # of 64; 16 if they were even
+
+
+def test_a_dummy_whose_tiles_are_not_full_is_packed_by_the_cpu():
+    config = MixtralConfig.read(Path("tests/golden/odd_sizes/config.json"))
+    made, of_cpu = (
+        dict(load(config, DummyWeights(config), "bfloat16", "a8w8", place=place).named_buffers())
+        for place in (PLACE, None)
+    )
+    for name in made.keys() - {"embed_tokens"}:
+        assert np.array_equal(made[name].numpy(), of_cpu[name].numpy()), name
+
+
 def test_memory_is_given_back():
     """Eight times what the device has, piece by piece."""
-    free = free_device_memory(PLACE)
+    free = device_memory(PLACE)[1]
     for _ in range(16):
         held = paddle.empty([1 << 29], "uint8", device=PLACE)
-        assert free_device_memory(PLACE) <= free - (1 << 29)
+        assert device_memory(PLACE)[1] <= free - (1 << 29)
         del held
 
 

@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <cstdio>
+
 #include "plugin.h"
 
 namespace pm::device {
@@ -265,11 +267,14 @@ const pm_device_kernels* pm_plugin_kernels(void* operators) {
   return kernels ? kernels() : nullptr;
 }
 
-int pm_plugin_memory(int device, int64_t* total, int64_t* free) {
-  size_t all = 0, unused = 0;
-  C_Device_st id = {device};
-  if (pm::device::memory_stats(&id, &all, &unused) != C_SUCCESS) return -1;
-  *total = static_cast<int64_t>(all);
-  *free = static_cast<int64_t>(unused);
+int pm_plugin_name(int device, char* name, int size) {
+  cudaDeviceProp properties;
+  const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    pm::device::fail("cudaGetDeviceProperties: %s", cudaGetErrorString(error));
+    return -1;
+  }
+  std::snprintf(name, static_cast<size_t>(size), "%s", properties.name);
   return 0;
 }

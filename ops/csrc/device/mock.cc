@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -209,10 +210,10 @@ C_Status device_list(size_t* devices) {
   devices[0] = 0;
   return C_SUCCESS;
 }
-C_Status memory_stats(const C_Device, size_t* total, size_t* free) {
+C_Status memory_stats(const C_Device device, size_t* total, size_t* free) {
   *total = kCapacity;
   *free = g_arena.free_bytes();
-  return C_SUCCESS;
+  return on_device(device);
 }
 C_Status min_chunk_size(const C_Device, size_t* size) {
   *size = kAlignment;
@@ -274,9 +275,9 @@ void fill(C_DeviceInterface* interface) {
 
 const char* pm_plugin_device_type(void) { return "pm_mock"; }
 
-int pm_plugin_memory(int device, int64_t* total, int64_t* free) {
-  if (device != 0) return -1;
-  *total = pm::device::kCapacity;
-  *free = static_cast<int64_t>(pm::device::g_arena.free_bytes());
+int pm_plugin_name(int device, char* name, int size) {
+  C_Device_st id = {device};
+  if (pm::device::on_device(&id) != C_SUCCESS) return -1;
+  std::snprintf(name, static_cast<size_t>(size), "host memory");
   return 0;
 }

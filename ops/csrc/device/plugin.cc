@@ -6,8 +6,22 @@
 #include <cstdio>
 
 namespace {
+
 std::atomic<int64_t> g_copies[pm::device::kDirections];
+
+// Filled apart from Paddle's, which may be one for GPUs and never ask for it.
+const C_DeviceInterface& interface() {
+  static const C_DeviceInterface filled = [] {
+    C_DeviceInterface empty = {};
+    pm::device::fill(&empty);
+    return empty;
+  }();
+  return filled;
 }
+
+int result(C_Status status) { return status == C_SUCCESS ? 0 : -1; }
+
+}  // namespace
 
 namespace pm::device {
 
@@ -29,6 +43,25 @@ void pm_plugin_copies(int64_t* h2d, int64_t* d2h, int64_t* d2d) {
   *h2d = g_copies[pm::device::kHostToDevice];
   *d2h = g_copies[pm::device::kDeviceToHost];
   *d2d = g_copies[pm::device::kDeviceToDevice];
+}
+
+int pm_plugin_memory(int device, int64_t* total, int64_t* free) {
+  size_t all = 0, unused = 0;
+  C_Device_st id = {device};
+  const int status = result(interface().device_memory_stats(&id, &all, &unused));
+  *total = static_cast<int64_t>(all);
+  *free = static_cast<int64_t>(unused);
+  return status;
+}
+
+int pm_plugin_copy(int device, void* to, const void* from, int64_t size) {
+  C_Device_st id = {device};
+  return result(interface().memory_copy_d2d(&id, to, from, static_cast<size_t>(size)));
+}
+
+int pm_plugin_synchronize(int device) {
+  C_Device_st id = {device};
+  return result(interface().synchronize_device(&id));
 }
 
 PM_PLUGIN void InitPlugin(CustomRuntimeParams* params) {
