@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import paddle
 from paddle.static import InputSpec
 
 from predict.engine.batch import INPUTS
 from predict.model.mixtral import Mixtral
-from predict.runner import cache_names, cache_shapes
+from predict.runner import DynamicRunner, StaticRunner, cache_names, cache_shapes
 
 
 def save_program(network: Mixtral, path: Path, block_size: int) -> None:
@@ -36,6 +37,28 @@ def save_program(network: Mixtral, path: Path, block_size: int) -> None:
             paddle.jit.save(traced, str(path))
     finally:
         _take_weights(network, buffers)
+
+
+def as_program(runner: DynamicRunner) -> StaticRunner:
+    """Runs a runner's network as the program an export would have; nothing is written but that, to a temporary folder.
+
+    Weights stay where they are, the caches are made anew: the runner given cannot be used any more.
+    """
+    network = runner.model
+    with TemporaryDirectory() as folder:
+        program = Path(folder) / "model"
+        save_program(network, program, runner.block_size)
+        runner.caches.clear()
+        return StaticRunner(
+            program,
+            network.config,
+            network.world_size,
+            network.dtype,
+            runner.num_blocks,
+            runner.block_size,
+            place=network.place,
+            weights=dict(network.named_buffers()),
+        )
 
 
 @paddle.jit.not_to_static  # a part of Python's, not of the program's

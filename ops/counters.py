@@ -4,15 +4,19 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from paddle.base.core import Place
+
+from ops.device import device_name, device_number
 from ops.library import LIBRARY
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Running totals of this process, or what was added to them between two readings.
+    """Running totals of the kernels of the CPU or of a device, or what was added to them between two readings.
 
     Attributes:
-        kernel_s: seconds in each kernel, by its name ("linear", "fused_moe", ...), from call to return.
+        kernel_s: seconds in each kernel, by its name ("linear", "fused_moe", ...), from call to return; of a device's,
+            which run one after another without the CPU, nothing.
         moe_calls: calls of fused_moe: one a layer and step.
         experts_hit: experts with at least one token, summed over those calls.
         busiest_tokens: tokens of the busiest expert, summed over those calls.
@@ -24,11 +28,21 @@ class Counters:
     busiest_tokens: int
 
     @staticmethod
-    def read() -> "Counters":
-        """The totals now."""
-        calls, hit, busiest = (ctypes.c_int64() for _ in range(3))
-        LIBRARY.pm_cpu_expert_counts(ctypes.byref(calls), ctypes.byref(hit), ctypes.byref(busiest))
-        return Counters(dict(_kernel_times()), calls.value, hit.value, busiest.value)
+    def read(place: Place | None = None) -> "Counters":
+        """The totals now: of the CPU (None), or of a device, once it has done all it was given.
+
+        Raises:
+            ValueError: the device has failed.
+        """
+        counts = [ctypes.c_int64() for _ in range(3)]
+        if place is None:
+            LIBRARY.pm_cpu_expert_counts(*map(ctypes.byref, counts))
+            return Counters(dict(_kernel_times()), *(c.value for c in counts))
+        kind = place.custom_device_type().encode() if place.is_custom_place() else b""
+        status = LIBRARY.pm_device_expert_counts(kind, device_number(place), *map(ctypes.byref, counts))
+        if status != 0:
+            raise ValueError(f"{device_name(place)}: its counts of experts cannot be read (status {status})")
+        return Counters({}, *(c.value for c in counts))
 
     def since(self, earlier: "Counters") -> "Counters":
         """What was added after ``earlier``; kernels that were not called are left out."""

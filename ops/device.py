@@ -67,6 +67,11 @@ def gpu_count() -> int:
     return paddle.device.cuda.device_count() if cuda else get_custom_device_count(runtime().name)
 
 
+def ranks_sharing(place: Place, world_size: int) -> int:
+    """How many of a job's ranks have this GPU: those of gpu_place()."""
+    return len(range(device_number(place), world_size, gpu_count()))
+
+
 def device_number(place: Place) -> int:
     """The number of a GPU's place among the GPUs this process sees."""
     return place.custom_device_id() if place.is_custom_place() else place.gpu_device_id()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ops import library
-from ops.device import device_memory, device_name, device_number, gpu_count, gpu_place, is_cuda
+from ops.device import device_memory, device_name, device_number, gpu_place, is_cuda, ranks_sharing
 from ops.gpu_group import join_gpus
 from predict.artifact import Artifact, ArtifactError, refuse_artifact
 from predict.cache_size import cache_blocks, free_memory
@@ -193,9 +193,8 @@ class LLM:
         per_token = bytes_per_token(self.config, world_size, self.dtype)
         if self.place is None:
             free, sharing = free_memory(), world_size
-        else:  # rank r is on device r % count
-            free, count = device_memory(self.place)[1], gpu_count()
-            sharing = len(range(self.ranks.rank % count, world_size, count))
+        else:
+            free, sharing = device_memory(self.place)[1], ranks_sharing(self.place, world_size)
         free = max(0, free // sharing - weights_to_load)
         num_blocks = least(
             cache_blocks(self.kv_cache_memory, free, block_size, per_token, self.max_num_seqs, self.total_max_length)

@@ -122,6 +122,7 @@ class StaticRunner:
         program: path of program and weights without their suffixes (.json, .safetensors).
         show: show a progress bar while loading.
         place: the device that runs it; None: the CPU.
+        weights: its inputs of these names, on that device; None: those of the file.
     """
 
     mode = "static"
@@ -136,6 +137,7 @@ class StaticRunner:
         block_size: int,
         show: bool = False,
         place: Place | None = None,
+        weights: dict[str, paddle.Tensor] | None = None,
     ):
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, config.vocab_size
         settings = inference.Config(f"{program}.json", "")
@@ -154,12 +156,13 @@ class StaticRunner:
         self.changes = _Changes()
         self.outputs = [self.predictor.get_output_handle(name) for name in self.predictor.get_output_names()]
         names = cache_names(config)
-        needed = {}
-        for name in set(self.predictor.get_input_names()).difference(INPUT_NAMES, names):
-            handle = self.predictor.get_input_handle(name)
-            needed[name] = (handle.type().name.lower(), tuple(handle.shape()))
-        # The predictor keeps no reference to what it shares.
-        self.weights = read_weights(program.with_suffix(".safetensors"), needed, show, place)
+        if weights is None:
+            needed = {}
+            for name in set(self.predictor.get_input_names()).difference(INPUT_NAMES, names):
+                handle = self.predictor.get_input_handle(name)
+                needed[name] = (handle.type().name.lower(), tuple(handle.shape()))
+            weights = read_weights(program.with_suffix(".safetensors"), needed, show, place)
+        self.weights = weights  # the predictor keeps no reference to what it shares
         self.caches = _empty_caches(config, world_size, dtype, num_blocks, block_size, place)
         for name, tensor in [*self.weights.items(), *zip(names, self.caches, strict=True)]:
             self.predictor.get_input_handle(name).share_external_data(tensor)

@@ -13,23 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import paddle
+from paddle.base.core import Place
 
+from export.program import as_program
 from ops import library
+from ops.device import device_memory, device_model, gpu_place
 from predict.arguments import add_model_flags, check_device, check_output_file, count, nonempty
 from predict.bench import plan as planning
 from predict.bench.machine import forget_peak, peak_memory, processor, total_memory
-from predict.bench.measure import READ_BYTES, Bench
+from predict.bench.measure import Bench
 from predict.bench.plan import Options, Plan, make_plan
 from predict.bench.report import SCHEMA_VERSION, measurement, percentiles, table
 from predict.command import run_command
+from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.llm import LLM
 from predict.parallel import Ranks, barrier
 from predict.processors import processors
 from predict.progress import progress
-from predict.runner import bytes_per_token
+from predict.runner import DynamicRunner, StaticRunner, bytes_per_token
 
 MODEL_FLAGS = ("mode", "dtype", "quant_type", "block_size", "num_hidden_layers", "threads")
-MEASUREMENT_FLAGS = ("prompt_len", "gen_len", "batch_size", "context_len", "batch_context_len", "repeat")
+MEASUREMENT_FLAGS = (
+    *("prompt_len", "gen_len", "batch_size", "context_len", "batch_context_len", "repeat"),
+    "max_num_batched_tokens",
+)
 
 
 def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any] | None:
@@ -44,7 +51,8 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
     Raises:
         ValueError, MemoryError: whatever does not fit, before anything large is loaded where that can be known.
     """
-    plan = make_plan(options, ranks.world_size)
+    place = gpu_place(ranks.rank) if options.device == "gpu" else None
+    plan = make_plan(options, ranks.world_size, place)
     first = ranks.rank == 0
     if ranks.world_size > 1:
         barrier()  # no rank takes memory before every rank has looked whether there is enough
@@ -54,12 +62,14 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
             print(sentence, file=sys.stderr)
     before = peak_memory()
     started = time.perf_counter()
-    llm = _open(options, plan, ranks)
+    runner = _open(options, plan, ranks)
     loading = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory(), "before_bytes": before}
     forget_peak()
     with progress("measuring", Bench.num_steps(plan), "step", first) as bar:
-        runs = Bench(plan, llm.runner, ranks, bar.update)
+        runs = Bench(plan, runner, ranks, bar.update, place)
         samples = runs.run()
+    ceilings = runs.ceilings
+    ceilings.close()
     if not first:
         return None
     return {
@@ -74,10 +84,11 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
             "memory": total_memory(),
             "instruction_set": library.cpu_isa(),
             "load_average": load_average,
+            "device": None if place is None else _device(place),
         },
         "model": {
             "name": options.model,
-            "mode": llm.mode,
+            "mode": runner.mode,
             "dtype": plan.dtype,
             "quant_type": plan.quant_type,
             "num_hidden_layers": plan.config.num_hidden_layers,
@@ -89,25 +100,32 @@ def bench(options: Options, ranks: Ranks, arguments: list[str]) -> dict[str, Any
             "max_position_embeddings": plan.config.max_position_embeddings,
         },
         "loading": loading,
-        "running": {"peak_bytes": peak_memory(), "buffer_bytes": READ_BYTES},
+        "running": {"peak_bytes": peak_memory(), "buffer_bytes": ceilings.buffer_bytes},
         "ceilings": {
-            "read": _readings(runs.rates.read),
-            "matrix": {unit: _readings(rates) for unit, rates in runs.rates.matrix.items()},
-            "matrix_unit": runs.unit,
+            "memory_kind": ceilings.memory_kind,
+            "memory": _readings(ceilings.memory),
+            "matrix": {unit: _readings(rates) for unit, rates in ceilings.matrix.items()},
+            "matrix_unit": ceilings.unit,
+            "missing": ceilings.missing,
         },
         "left_out": list(plan.left_out),
         "measurements": [measurement(what, found, plan.gen_len) for what, found in samples.items()],
     }
 
 
-def _open(options: Options, plan: Plan, ranks: Ranks) -> LLM:
-    """The model, with at least the pages of KV cache the plan needs."""
+def _device(place: Place) -> dict[str, Any]:
+    total, free = device_memory(place)
+    return {"name": device_model(place), "memory": total, "used_bytes": total - free}
+
+
+def _open(options: Options, plan: Plan, ranks: Ranks) -> DynamicRunner | StaticRunner:
+    """Runs the model, with at least the pages of KV cache the plan needs."""
     pages_each = -(-plan.longest // plan.block_size)
     max_num_seqs = -(-plan.num_pages // pages_each)
     page_bytes = plan.block_size * bytes_per_token(plan.config, ranks.world_size, plan.dtype)
-    return LLM(
+    llm = LLM(
         options.model,
-        mode="static" if plan.static else "dynamic",
+        mode="static" if plan.static and not options.traces else "dynamic",
         dtype=options.dtype,
         quant_type=options.quant_type,
         max_num_seqs=max_num_seqs,
@@ -117,8 +135,12 @@ def _open(options: Options, plan: Plan, ranks: Ranks) -> LLM:
         threads=options.threads,
         verify=options.verify,
         num_hidden_layers=options.num_hidden_layers,
+        device=options.device,
         ranks=ranks,
     )
+    if options.traces and isinstance(llm.runner, DynamicRunner):
+        return as_program(llm.runner)
+    return llm.runner
 
 
 def _readings(rates: list[float]) -> dict[str, Any]:
@@ -138,8 +160,8 @@ def _counts(text: str) -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "paddle-mixtral bench",
-        description="Measures prefill and decoding on random tokens, against the read rate and matrix rate of this "
-        "machine in the same run.",
+        description="Measures prefill and decoding on random tokens, against the memory's and the matrix rate of this "
+        "machine, or of its GPU, in the same run.",
         allow_abbrev=False,
     )
     model = p.add_argument_group("model")
@@ -149,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         type=nonempty,
         help="checkpoint folder, exported folder, dummy:mixtral-8x7b (random weights of that size), or a remote name",
     )
-    add_model_flags(model, default_mode="what MODEL is")
+    add_model_flags(model, default_mode="what MODEL is; static, of a dummy: the program an export of it would have")
     what = p.add_argument_group("measurements; N,... is a list with commas")
     for flag, default, text in (
         ("prompt_len", planning.DEFAULT_PROMPT_LEN, "tokens of the prompts whose prefill is timed"),
@@ -167,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         help="decode steps a turn; default: 64",
     )
     what.add_argument(
+        "--max_num_batched_tokens",
+        type=count,
+        metavar="N",
+        default=DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        help=f"tokens of a step at the most; a longer prompt takes several; default: {DEFAULT_MAX_NUM_BATCHED_TOKENS}",
+    )
+    what.add_argument(
         "--repeat",
         type=count,
         metavar="N",
@@ -180,8 +209,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks, arguments: list[str]) -> None:
-    if args.device == "gpu":
-        raise ValueError("--device gpu: bench measures the CPU and its kernels; use --device cpu")
     check_device(args)
     for flag, path in (("json", args.json), ("plot", args.plot)):
         if path is not None:
@@ -192,6 +219,8 @@ def _run(args: argparse.Namespace, ranks: Ranks, arguments: list[str]) -> None:
         raise ValueError("--plot needs matplotlib, which is not installed; run `pip install '.[plot]'`")
     if args.json is not None and args.json == args.plot:
         raise ValueError(f"--json and --plot are both {args.json}; give two files")
+    if args.plot is not None and args.device == "gpu":
+        raise ValueError("--plot draws the CPU's kernels under its ceilings; leave it out beside --device gpu")
     found = bench(_options(args, args.model, MEASUREMENT_FLAGS), ranks, arguments)
     if found is None:
         return
@@ -214,7 +243,7 @@ def run_bench(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def _options(args: argparse.Namespace, model: str, measurements: tuple[str, ...] = ()) -> Options:
     flags = {flag: getattr(args, flag) for flag in (*MODEL_FLAGS, *measurements)}
-    return Options(model, **flags, verify=bool(args.verify))
+    return Options(model, **flags, verify=bool(args.verify), device=args.device or "cpu")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ whose middle it thus leaves up to gen_len other random keys and values, which co
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -23,27 +23,21 @@ import numpy as np
 
 # By name: NumPy imports its random numbers when they are first used, and an interrupt inside that import is lost.
 from numpy.random import Generator, default_rng
+from paddle.base.core import Place
 
 from ops.counters import Counters
-from ops.matrix import MatrixUnit, units
-from ops.memory import MemoryReader
+from predict.bench.ceilings import Ceilings, CpuCeilings, DeviceCeilings
 from predict.bench.plan import Decode, Plan
 from predict.bench.traffic import Traffic
 from predict.engine.batch import Chunk, StepBatch, pack
-from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.engine.request import SamplingParams, Sequence
-from predict.model.mixtral import QUANT_TYPES
 from predict.parallel import Ranks, barrier
 
 SEED = 0
 STEPS_BETWEEN_RATES = 8
-READ_BYTES = 1 << 29  # at real sizes, the steps between two readings have driven all of it from the caches
-# The units whose products a kernel for these weights could be made of.
-UNITS_OF = {
-    "float32": ("float32",),
-    "bfloat16": ("float32", "avx512_bf16", "amx_bf16"),
-    **dict.fromkeys(QUANT_TYPES, ("float32", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")),
-}
+
+
+_Rates = tuple[float, float | None]  # bytes and operations a second
 
 
 class Runner(Protocol):
@@ -58,11 +52,12 @@ class Sample:
 
     Attributes:
         seconds: from packing the batch to having the tokens.
-        kernel_s: seconds of it in each kernel, by name.
+        kernel_s: seconds of it in each of the CPU's kernels, by name; nothing of a device's, which are not timed.
         experts_hit: experts with a token, a layer, on average.
         busiest_share: share of the tokens' choices that fell on a layer's busiest expert, on average.
         active_bytes, operations: what had to be read and computed, on this rank.
-        read_rate, matrix_rate: bytes and operations per second the machine was capable of around it.
+        memory_rate, matrix_rate: bytes and operations per second the machine was capable of around it; None where that
+            could not be measured.
     """
 
     seconds: float
@@ -71,16 +66,8 @@ class Sample:
     busiest_share: float
     active_bytes: int
     operations: int
-    read_rate: float
-    matrix_rate: float
-
-
-@dataclass
-class Rates:
-    """Every reading of what the machine could do: bytes a second, and operations a second of each matrix unit."""
-
-    read: list[float] = field(default_factory=list)
-    matrix: dict[str, list[float]] = field(default_factory=dict)
+    memory_rate: float
+    matrix_rate: float | None
 
 
 class Bench:
@@ -90,20 +77,18 @@ class Bench:
         runner: has at least plan.num_pages pages.
         ranks: this process among the ranks.
         advance: called with the number of steps done, for a progress bar.
+        place: the device the runner runs on; None: the CPU.
     """
 
-    def __init__(self, plan: Plan, runner: Runner, ranks: Ranks, advance: Callable[[int], object]):
-        self.plan, self.runner, self.ranks, self.advance = plan, runner, ranks, advance
+    def __init__(
+        self, plan: Plan, runner: Runner, ranks: Ranks, advance: Callable[[int], object], place: Place | None = None
+    ):
+        self.plan, self.runner, self.ranks, self.advance, self.place = plan, runner, ranks, advance, place
         self.traffic = Traffic(plan.config, plan.dtype, plan.quant_type, ranks.world_size)
         self.pages = plan.pages
         self.random: Generator = default_rng(SEED)
-        self.reader = MemoryReader(READ_BYTES)
-        self.units = {name: MatrixUnit(name) for name in units()}
-        self.rates = Rates(matrix={name: [] for name in self.units})
-        self._all_rates()
-        usable = [n for n in UNITS_OF[plan.quant_type or plan.dtype] if n in self.units]
-        #: the fastest matrix unit for these weights, against which operations are held
-        self.unit = max(usable, key=lambda name: self.rates.matrix[name][0])
+        with self._together():
+            self.ceilings: Ceilings = CpuCeilings(plan) if place is None else DeviceCeilings(place)
 
     def run(self) -> dict[int | Decode, list[Sample]]:
         """The samples of each prompt length (one a repetition) and each decode (gen_len a repetition)."""
@@ -119,14 +104,15 @@ class Bench:
                 samples[prompt_len].append(self._prefill_sample(prompt_len))
             for decode in plan.decodes:
                 samples[decode] += self._decode_samples(sequences[: decode.batch_size], decode.context_len)
-        self._all_rates()
+        with self._together():
+            self.ceilings.every_unit()
         return samples
 
     @staticmethod
     def num_steps(plan: Plan) -> int:
         """Steps a plan takes, for a progress bar."""
-        contexts = -(-sum(sequences * tokens for sequences, tokens in plan.contexts) // DEFAULT_MAX_NUM_BATCHED_TOKENS)
-        prefills = sum(-(-n // DEFAULT_MAX_NUM_BATCHED_TOKENS) for n in plan.prompt_lens)
+        contexts = -(-sum(sequences * tokens for sequences, tokens in plan.contexts) // plan.max_num_batched_tokens)
+        prefills = sum(-(-n // plan.max_num_batched_tokens) for n in plan.prompt_lens)
         return contexts + plan.repeat * (prefills + plan.gen_len * len(plan.decodes))
 
     def _sequence(self, length: int, pages: range) -> Sequence:
@@ -149,7 +135,7 @@ class Bench:
     def _prefill(self, sequences: list[Sequence]) -> Iterator["_Step"]:
         """Computes what each sequence has not computed, in order, in as few steps as may be."""
         while pending := [s for s in sequences if s.num_computed < s.num_tokens]:
-            chunks, room = [], DEFAULT_MAX_NUM_BATCHED_TOKENS
+            chunks, room = [], self.plan.max_num_batched_tokens
             for sequence in pending:
                 size = min(sequence.num_tokens - sequence.num_computed, room)
                 if size:
@@ -185,10 +171,10 @@ class Bench:
         return samples
 
     def _step(self, chunks: list[Chunk]) -> "_Step":
-        before, started = Counters.read(), perf_counter()
+        before, started = Counters.read(self.place), perf_counter()
         self.runner.step(pack(chunks))
         seconds = perf_counter() - started
-        counted = Counters.read().since(before)
+        counted = Counters.read(self.place).since(before)
         spans = [(c.sequence.num_computed, c.num_tokens) for c in chunks]
         rows = sum(c.samples for c in chunks) or 1
         choices = sum(new for _, new in spans) * self.plan.config.num_experts_per_tok
@@ -200,18 +186,10 @@ class Bench:
             self.traffic.step_operations(spans, rows),
         )
 
-    def _rates_now(self) -> tuple[float, float]:
-        """Bytes and operations per second the machine is capable of at this moment, all ranks measuring at once."""
+    def _rates_now(self) -> "_Rates":
+        """What the machine is capable of at this moment, all ranks measuring at once."""
         with self._together():
-            self.rates.read.append(self.reader.bandwidth())
-            self.rates.matrix[self.unit].append(self.units[self.unit].rate())
-        return self.rates.read[-1], self.rates.matrix[self.unit][-1]
-
-    def _all_rates(self) -> None:
-        with self._together():
-            self.rates.read.append(self.reader.bandwidth())
-            for name, unit in self.units.items():
-                self.rates.matrix[name].append(unit.rate())
+            return self.ceilings.now()
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -233,8 +211,9 @@ class _Step:
     active_bytes: int
     operations: int
 
-    def sample(self, before: tuple[float, float], after: tuple[float, float]) -> Sample:
-        read_rate, matrix_rate = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    def sample(self, before: _Rates, after: _Rates) -> Sample:
+        memory_rate = (before[0] + after[0]) / 2
+        matrix_rate = None if before[1] is None or after[1] is None else (before[1] + after[1]) / 2
         return Sample(
             self.seconds,
             self.counted.kernel_s,
@@ -242,13 +221,14 @@ class _Step:
             self.busiest_share,
             self.active_bytes,
             self.operations,
-            read_rate,
+            memory_rate,
             matrix_rate,
         )
 
 
 def _whole(chunks: list[Sample]) -> Sample:
     """One sample of a prompt that was prefilled in chunks."""
+    rates = [c.matrix_rate for c in chunks if c.matrix_rate is not None]
     names = {name for chunk in chunks for name in chunk.kernel_s}
     return Sample(
         sum(c.seconds for c in chunks),
@@ -257,6 +237,6 @@ def _whole(chunks: list[Sample]) -> Sample:
         float(np.mean([c.busiest_share for c in chunks])),
         sum(c.active_bytes for c in chunks),
         sum(c.operations for c in chunks),
-        float(np.mean([c.read_rate for c in chunks])),
-        float(np.mean([c.matrix_rate for c in chunks])),
+        float(np.mean([c.memory_rate for c in chunks])),
+        float(np.mean(rates)) if len(rates) == len(chunks) else None,
     )

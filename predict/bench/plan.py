@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from paddle.base.core import Place
+
+from ops.device import device_memory, ranks_sharing
 from predict.artifact import Artifact, refuse_artifact
+from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.llm import DEFAULT_BLOCK_SIZE
 from predict.model.config import MixtralConfig, positive
 from predict.model.source import find_model
-from predict.model.weights import expected_tensors
+from predict.model.weights import DUMMY_PREFIX, expected_tensors
 from predict.runner import bytes_per_token
 
 DEFAULT_PROMPT_LEN = (512, 2048)
@@ -26,6 +30,7 @@ class Options:
     """What the command line asks for; None where a flag was left out.
 
     Attributes:
+        max_num_batched_tokens: new tokens a step computes at the most: a longer prompt takes several.
         prompt_len: tokens of the prompts whose prefill is timed.
         gen_len: decode steps of a repetition.
         batch_size: sequences that decode together.
@@ -42,12 +47,19 @@ class Options:
     num_hidden_layers: int | None = None
     threads: int | None = None
     verify: bool = False
+    device: str = "cpu"
+    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
     prompt_len: tuple[int, ...] | None = None
     gen_len: int = DEFAULT_GEN_LEN
     batch_size: tuple[int, ...] | None = None
     context_len: tuple[int, ...] | None = None
     batch_context_len: tuple[int, ...] | None = None
     repeat: int = DEFAULT_REPEAT
+
+    @property
+    def traces(self) -> bool:
+        """Whether the program is made on the spot, of a dummy: its weights are written nowhere."""
+        return self.mode == "static" and self.model.startswith(DUMMY_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Plan:
     """What is measured of which model.
 
     Attributes:
-        static: whether the model is an exported program.
+        static: whether the model runs as a program: an exported one, or that of a dummy.
         dtype, quant_type, block_size: those the model will run with.
         prompt_lens, decodes: the measurements.
         left_out: sentences that name the defaults this model is too short for.
@@ -78,6 +90,7 @@ class Plan:
     decodes: tuple[Decode, ...]
     gen_len: int
     repeat: int
+    max_num_batched_tokens: int
     left_out: tuple[str, ...]
 
     @property
@@ -130,15 +143,18 @@ class Plan:
         return self.num_pages * self.block_size * bytes_per_token(self.config, 1, self.dtype)
 
 
-def make_plan(options: Options, world_size: int) -> Plan:
+def make_plan(options: Options, world_size: int, place: Place | None = None) -> Plan:
     """Reads the model's configuration and settles what is measured.
+
+    Args:
+        place: this rank's device; None: the CPU.
 
     Raises:
         ValueError: a flag without effect, a length the model or this machine's memory is too small for, or a model that
             cannot be opened.
     """
     static = Artifact.is_artifact(options.model) if options.mode is None else options.mode == "static"
-    if static:
+    if static and not options.traces:
         artifact = Artifact.open(options.model)
         artifact.require(options.dtype, options.quant_type, world_size, options.block_size)
         config, dtype, quant_type = artifact.config, artifact.dtype, artifact.quant_type
@@ -177,9 +193,14 @@ def make_plan(options: Options, world_size: int) -> Plan:
         tuple(decodes),
         options.gen_len,
         options.repeat,
+        options.max_num_batched_tokens,
         tuple(left_out),
     )
-    _check_memory(plan)
+    if place is None:
+        _check_memory(plan, _free_memory(), "this machine has")
+    else:
+        free = device_memory(place)[1] * world_size // ranks_sharing(place, world_size)
+        _check_memory(plan, free, "the GPU has" if world_size == 1 else "the ranks' GPUs have")
     return plan
 
 
@@ -218,14 +239,17 @@ def _fitting(
     return tuple(n for n in default if n + gen_len <= limit)
 
 
-def _check_memory(plan: Plan) -> None:
+def _free_memory() -> int | None:
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    available = int(found[1]) * 1024 if found else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _check_memory(plan: Plan, free: int | None, where: str) -> None:
     needed = plan.weight_bytes + plan.cache_bytes
-    if available is not None and needed > available:
+    if free is not None and needed > free:
         raise MemoryError(
-            f"the weights need {plan.weight_bytes / 1e9:.1f} GB and the KV cache {plan.cache_bytes / 1e9:.1f} GB, this "
-            f"machine has {available / 1e9:.1f} GB free; use fewer --num_hidden_layers of a dummy model, --quant_type "
+            f"the weights need {plan.weight_bytes / 1e9:.1f} GB and the KV cache {plan.cache_bytes / 1e9:.1f} GB, "
+            f"{where} {free / 1e9:.1f} GB free; use fewer --num_hidden_layers of a dummy model, --quant_type "
             "weight_only_int8, or a smaller --batch_size, --context_len or --batch_context_len"
         )

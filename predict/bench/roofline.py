@@ -24,7 +24,7 @@ MARKERS = "osD^vP*X"
 def draw(found: dict[str, Any], path: Path) -> None:
     """Writes the picture of a run (predict.bench.report) as a PNG."""
     entries, ceilings = found["measurements"], found["ceilings"]
-    read, unit = ceilings["read"]["p50"], ceilings["matrix_unit"]
+    read, unit = ceilings["memory"]["p50"], ceilings["matrix_unit"]
     rates = {name: rate["p50"] for name, rate in ceilings["matrix"].items()}
     intensities = [e["operations"] / e["active_bytes"] for e in entries]
     left = min(*intensities, min(rates.values()) / read) / 4
@@ -106,6 +106,6 @@ def _draw_roofs(axes: Axes, read: float, rates: dict[str, float], unit: str) -> 
 
 def _reached(entry: dict[str, Any], unit: str) -> str:
     """The tokens a second, and the share of whichever roof is nearer."""
-    memory, matrix = entry["share_of_read_rate"], entry["share_of_matrix_rate"]
+    memory, matrix = entry["share_of_memory_rate"], entry["share_of_matrix_rate"]
     share = f"{100 * memory:.0f} % of the read rate" if memory >= matrix else f"{100 * matrix:.0f} % of {unit}"
     return f"{entry['tokens_per_s']['p50']:.4g} tokens/s, {share}"

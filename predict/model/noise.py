@@ -1,4 +1,4 @@
-"""Random weights a device makes itself: one block of random tiles is copied to it, and every weight is a window of that.
+"""Random weights that a device makes: one block of random tiles is copied to it, and every weight is a window of that.
 
 Tens of gigabytes of random numbers take minutes to draw, round, pack and copy; copies within a GPU's memory should take
 tens of milliseconds. The block has a prime number of tiles, so that where a weight is longer than the block its tiles

@@ -6,22 +6,25 @@ import json
 import os
 import re
 import shutil
+import tempfile
 
+import numpy as np
 import paddle
 import pytest
 
 from export import export_model as exporter
 from export.export_model import export_model
-from export.program import save_program
+from export.program import as_program, save_program
 from ops.library import ABI_VERSION
 from ops.quantize import gate_up_shape
 from predict.artifact import Artifact, ArtifactError
-from predict.engine.request import SamplingParams
+from predict.engine.batch import Chunk, pack
+from predict.engine.request import SamplingParams, Sequence
 from predict.llm import LLM
 from predict.model.checkpoint import read_header
 from predict.model.config import ConfigError, MixtralConfig
 from predict.model.source import find_model
-from predict.model.weights import load
+from predict.model.weights import DEMO, load
 from predict.parallel import alone
 
 INT8 = ("bfloat16", "weight_only_int8")
@@ -274,3 +277,16 @@ def test_a_dummy_model_is_exported_with_the_tokenizer_it_runs_on(tmp_path):
     export_model("dummy:demo", tmp_path / "dummy", num_hidden_layers=1, ranks=alone())
     static, dynamic = LLM(tmp_path / "dummy"), LLM("dummy:demo", num_hidden_layers=1)
     assert static.generate("The", SHORT) == dynamic.generate("The", SHORT)
+
+
+def test_a_network_runs_as_its_program_without_a_file_of_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dynamic = LLM(DEMO, quant_type="weight_only_int8", kv_cache_memory=4 << 20).runner
+    sequence = Sequence(list(range(40, 60)), SamplingParams(logprobs=20))
+    sequence.block_ids.append(3)
+    batch = pack([Chunk(sequence, 20)])
+    expected = dynamic.step(batch)
+    program = as_program(dynamic)
+    assert program.mode == "static"
+    assert all(np.array_equal(a, b) for a, b in zip(program.step(batch), expected, strict=True))
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """fused_moe: within the rounding of its types, and a token never depends on the others."""
 
+import ctypes
 from functools import partial
 
 import numpy as np
@@ -86,6 +87,23 @@ def is_the_reference(device: Device, size: tuple, dtype: int, kind: Weight, top_
             assert_same_bits(layer(x[part], top_k), y[part], f"tokens {part.start}..{part.stop - 1} alone")
 
 
+def experts_are_counted(device: Device, tokens: int, kind: Weight) -> None:
+    """The running totals grow by one call, the experts with a token, and the tokens of the busiest."""
+    layer = Layer(device, (64, 32, 6), kind, BF16)
+    x = encode(normal(tokens, tokens, 64), BF16)
+    of_expert = np.count_nonzero(reference.route(decode(x, BF16), layer.exact[0], 2), axis=0)
+    before = _counts(device)
+    layer(x, 2)
+    added = [after - b for after, b in zip(_counts(device), before, strict=True)]
+    assert added == [1, np.count_nonzero(of_expert), of_expert.max()], added
+
+
+def _counts(device: Device) -> list[int]:
+    counts = [ctypes.c_int64() for _ in range(3)]
+    device.kernels.expert_counts(*map(ctypes.byref, counts))
+    return [c.value for c in counts]
+
+
 def idle_experts_are_not_read(device: Device, tokens: int, kind: Weight) -> None:
     """Weights of experts without tokens may be anything."""
     gate = np.array([[1], [-1], [2], [-2]], np.float32) * np.ones([1, 64], np.float32)
@@ -120,6 +138,10 @@ def cases() -> list[Case]:
     for top_k in (1, 3, 4, 5):
         check = partial(is_the_reference, size=(20, 48, 32, 5), dtype=BF16, kind=Weight(16), top_k=top_k)
         made.append(Case("fused_moe", f"top {top_k} of 5", check))
+    for tokens in (1, 3, 9, 40, 400):
+        for kind in WEIGHTS[:2]:
+            check = partial(experts_are_counted, tokens=tokens, kind=kind)
+            made.append(Case("fused_moe", f"experts are counted, {tokens} tokens, {kind}", check))
     for tokens in (3, 40):
         for kind in WEIGHTS:
             check = partial(idle_experts_are_not_read, tokens=tokens, kind=kind)

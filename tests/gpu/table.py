@@ -24,6 +24,7 @@ ENTRIES: dict[str, tuple[type, list]] = {
     "sample": (D, [P] * 12 + [N, N, P, P]),
     "all_reduce": (D, [P, P, N, P]),
     "all_gather": (D, [P, P, N, N, P]),
+    "expert_counts": (D, [P, P, P]),
 }
 
 

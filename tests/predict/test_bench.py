@@ -1,16 +1,18 @@
 """paddle-mixtral bench: what it counts, what it writes and what it refuses; not how fast anything is."""
 
 import json
+import os
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from ops.counters import Counters
-from predict.bench import measure
+from predict.bench import ceilings
 from predict.bench import plan as planning
 from predict.bench.command import main
 from predict.bench.machine import forget_peak, peak_memory
+from predict.bench.matmul import MatmulRate
 from predict.bench.measure import Bench, Sample
 from predict.bench.plan import Decode, Options, make_plan
 from predict.bench.traffic import Traffic
@@ -26,12 +28,12 @@ TINY += ["--gen_len", "3", "--repeat", "2"]
 MEASURED = [("prefill", 1, 0, 3), ("prefill", 1, 0, 70)]
 MEASURED += [("decode", 1, 5, 3), ("decode", 1, 130, 3), ("decode", 4, 9, 3)]
 MODELS = {"demo": [], "dummy:demo": ["--num_hidden_layers", "1", "--quant_type", "wint8", "--threads", "1"]}
-MODELS["static"] = []
+MODELS |= {"static": [], "traced": ["--num_hidden_layers", "1", "--mode", "static"]}
 
 
 @pytest.fixture(autouse=True)
 def small_read_buffer(monkeypatch):
-    monkeypatch.setattr(measure, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "READ_BYTES", 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def run(flags, capsys) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_measures_what_was_asked_and_writes_it_down(model, exported, tmp_path, capsys):
-    place = {"demo": str(DEMO), "static": str(exported("bfloat16", None))}.get(model, model)
+    places = {"demo": str(DEMO), "static": str(exported("bfloat16", None)), "traced": "dummy:demo"}
+    place = places.get(model, model)
     files = ["--json", str(tmp_path / "run.json"), "--plot", str(tmp_path / "run.png")]
     code, out, err = run([place, *TINY, *MODELS[model], *files], capsys)
     assert code == 0, err
@@ -59,11 +62,13 @@ def test_a_run_measures_what_was_asked_and_writes_it_down(model, exported, tmp_p
     entries = found["measurements"]
     keys = ("kind", "batch_size", "context_len", "new_tokens")
     assert [tuple(entry[key] for key in keys) for entry in entries] == MEASURED
-    assert found["schema_version"] == 1
+    assert found["schema_version"] == 2
     assert found["command"] == [place, *TINY, *MODELS[model], *files]
-    assert found["model"]["mode"] == ("static" if model == "static" else "dynamic")
-    assert found["model"]["num_hidden_layers"] == (1 if "dummy" in model else 5)
-    assert found["ceilings"]["read"]["p10"] <= found["ceilings"]["read"]["p50"] <= found["ceilings"]["read"]["p90"]
+    assert found["model"]["mode"] == ("static" if model in ("static", "traced") else "dynamic")
+    assert found["model"]["num_hidden_layers"] == (1 if "dummy" in place else 5)
+    assert found["machine"]["device"] is None
+    memory = found["ceilings"]["memory"]
+    assert memory["p10"] <= memory["p50"] <= memory["p90"]
     assert found["ceilings"]["matrix_unit"] in found["ceilings"]["matrix"]
     assert 0 < found["loading"]["before_bytes"] <= found["loading"]["peak_bytes"]
     for entry in entries:
@@ -186,7 +191,6 @@ REFUSED = {
     "MODEL /nope": "/nope does not exist; needs a checkpoint folder",
     f"{DEMO} --mode static": "no manifest.json, so this is no exported model",
     f"{DEMO} --num_hidden_layers 1": "--num_hidden_layers is for dummy models",
-    f"{DEMO} --device gpu": "--device gpu: bench measures the CPU and its kernels; use --device cpu",
     f"{DEMO} --dtype float16": "--dtype float16: this version runs in bfloat16 or float32",
     f"{DEMO} --prompt_len 2049": "--prompt_len 2049 is more than the 2048 tokens of the model's max_position",
     f"{DEMO} --context_len 5,2000": "--context_len 2000 and 64 new tokens (--gen_len) is more than the 2048 tokens",
@@ -234,3 +238,37 @@ def test_a_picture_needs_matplotlib(monkeypatch, capsys):
     code, _, err = run([*DEMO_FLAGS.split(), "--plot", "a.png"], capsys)
     assert code == 1
     assert err == "error: --plot needs matplotlib, which is not installed; run `pip install '.[plot]'`\n"
+
+
+FAKE_TORCH = """
+bfloat16 = "bfloat16"
+def randn(rows, columns, device, dtype):
+    assert (device, dtype) == ("cuda", bfloat16)
+    return [[0.0]]
+def matmul(a, b): ...
+class cuda:
+    chosen = []
+    set_device = staticmethod(chosen.append)
+    @classmethod
+    def synchronize(cls): assert cls.chosen == [3]
+"""
+
+
+def test_the_matrix_rate_of_a_gpu_is_a_librarys_in_another_process(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    measured = MatmulRate(3)
+    assert measured.missing is None
+    assert all(measured.rate() > 0 for _ in range(3))
+    measured.close()
+    with pytest.raises(ValueError, match="the process that measures the matrix rate has died"):
+        measured.rate()
+
+
+def test_without_a_library_the_matrix_rate_is_missing_for_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('no PyTorch here')")
+    (tmp_path / "paddle.py").write_text("raise ImportError('nor Paddle')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    measured = MatmulRate(0)
+    assert measured.missing == "PyTorch: no PyTorch here; Paddle for GPUs: nor Paddle"
+    measured.close()

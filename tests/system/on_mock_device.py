@@ -1,5 +1,6 @@
 """What test_mock_device.py runs in a process that has had the mock device since it imported Paddle."""
 
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from ops.embedding import embedding
 from ops.linear import linear
 from ops.norm import rms_norm
 from ops.quantize import quantize_int8
+from predict.bench.command import main as bench
 from predict.engine.batch import INPUT_NAMES, StepResult
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
@@ -190,3 +192,44 @@ def test_the_kernels_own_words_reach_the_caller():
     ids = paddle.to_tensor(np.zeros(2, np.int32), place=PLACE)
     with pytest.raises(ValueError, match="embedding: mock device: an argument is float16, or points to what is no mem"):
         embedding(ids, table)
+
+
+TINY_BENCH = ["--dtype", "bfloat16", "--quant_type", "wint8", "--gen_len", "3", "--repeat", "2", "--batch_size", "1,4"]
+TINY_BENCH += ["--prompt_len", "70", "--context_len", "9", "--batch_context_len", "9", "--max_num_batched_tokens", "64"]
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_the_bench_of_a_device(mode, tmp_path, capsys):
+    before, json_file = Counters.read(), tmp_path / "run.json"
+    assert bench(["dummy:demo", "--device", "gpu", "--mode", mode, *TINY_BENCH, "--json", str(json_file)]) == 0
+    added = Counters.read().since(before)  # the mock device's kernels are the CPU's
+    table, found = capsys.readouterr().out, json.loads(json_file.read_text())
+    assert found["model"]["mode"] == mode
+    assert found["machine"]["device"]["name"] == "host memory"
+    assert added.moe_calls == 5 * (1 + 2 * (2 + 4 + 4))  # contexts; twice: a prompt in two steps, and four steps each
+    prefill, alone, together = found["measurements"]
+    assert alone["experts_hit"] == 2
+    assert 2 < together["experts_hit"] <= 8
+    assert prefill["busiest_share"] < 0.5
+    assert all(entry["share_of_memory_rate"] > 0 for entry in found["measurements"])
+    # What cannot be measured here is not made up.
+    for entry in found["measurements"]:
+        assert entry["share_of_matrix_rate"] is entry["outside_kernels_s"] is entry["share_outside_kernels"] is None
+        assert entry["kernel_share"] == {}
+    assert found["ceilings"]["memory_kind"] == "copy"
+    assert found["ceilings"]["matrix"] == {}
+    assert "matrix rate: not measured (this device is no NVIDIA GPU)" in table
+    assert "share of the time" not in table
+
+
+BENCH_REFUSED = {
+    "dummy:mixtral-8x7b --dtype bfloat16": "the weights need 93.4 GB and the KV cache 1.6 GB, the GPU has ",
+    "dummy:demo --dtype float32": "dtype is float32, the kernels of a GPU need bfloat16",
+    "dummy:demo --plot a.png": "--plot draws the CPU's kernels under its ceilings; leave it out beside --device gpu",
+}
+
+
+@pytest.mark.parametrize("flags", BENCH_REFUSED)
+def test_the_bench_refuses_what_a_device_cannot_do(flags, capsys):
+    assert bench([*flags.split(), "--device", "gpu"]) == 1
+    assert BENCH_REFUSED[flags] in capsys.readouterr().err

@@ -12,6 +12,7 @@
 
 #include "../kernels/include/attention.h"
 #include "../kernels/include/collective.h"
+#include "../kernels/include/counters.h"
 #include "../kernels/include/embedding.h"
 #include "../kernels/include/linear.h"
 #include "../kernels/include/moe.h"
@@ -43,6 +44,7 @@ struct Cpu {
   decltype(&pm_cpu_sample) sample;
   decltype(&pm_cpu_all_reduce) all_reduce;
   decltype(&pm_cpu_all_gather) all_gather;
+  decltype(&pm_cpu_expert_counts) expert_counts;
 } g_cpu;
 
 const pm_device_kernels* g_emulated = nullptr;  // instead of the CPU's
@@ -156,6 +158,12 @@ int all_gather(const float* x, float* y, int64_t rows, int64_t cols, void* strea
   return run(g_cpu.all_gather, stream, x, y, rows, cols);
 }
 
+int expert_counts(int64_t* calls, int64_t* experts_hit, int64_t* busiest_tokens) {
+  if (g_emulated) return g_emulated->expert_counts(calls, experts_hit, busiest_tokens);
+  g_cpu.expert_counts(calls, experts_hit, busiest_tokens);
+  return PM_OK;
+}
+
 // NULL where the variable is unset or names no such library.
 const pm_device_kernels* emulated_kernels() {
   const char* path = std::getenv("PM_MOCK_KERNELS");
@@ -192,12 +200,14 @@ const pm_device_kernels* pm_plugin_kernels(void* operators) {
       sample,
       all_reduce,
       all_gather,
+      expert_counts,
   };
   g_emulated = emulated_kernels();
   const bool found =
       find(operators, "pm_cpu_rms_norm", g_cpu.rms_norm) && find(operators, "pm_cpu_embedding", g_cpu.embedding) &&
       find(operators, "pm_cpu_linear", g_cpu.linear) && find(operators, "pm_cpu_fused_moe", g_cpu.fused_moe) &&
       find(operators, "pm_cpu_append_attention", g_cpu.append_attention) && find(operators, "pm_cpu_sample", g_cpu.sample) &&
-      find(operators, "pm_cpu_all_reduce", g_cpu.all_reduce) && find(operators, "pm_cpu_all_gather", g_cpu.all_gather);
+      find(operators, "pm_cpu_all_reduce", g_cpu.all_reduce) && find(operators, "pm_cpu_all_gather", g_cpu.all_gather) &&
+      find(operators, "pm_cpu_expert_counts", g_cpu.expert_counts);
   return found && (g_emulated || !std::getenv("PM_MOCK_KERNELS")) ? &table : nullptr;
 }

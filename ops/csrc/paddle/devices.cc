@@ -28,6 +28,14 @@ const pm_device_kernels* pm_registered_device(const char* device_type) {
   return found == registered().end() ? nullptr : found->second;
 }
 
+int pm_device_expert_counts(const char* device_type, int device, int64_t* calls, int64_t* experts_hit,
+                            int64_t* busiest_tokens) {
+  const pm_device_kernels* kernels = device_type[0] ? pm_registered_device(device_type) : pm_cuda_kernels();
+  if (kernels == pm_cuda_kernels())
+    if (const int status = pm_cuda_set_device(device)) return status;
+  return kernels->expert_counts(calls, experts_hit, busiest_tokens);
+}
+
 // Of a build without CUDA; kernels/cuda/table.cu has the others.
 __attribute__((weak)) const pm_device_kernels* pm_cuda_kernels(void) { return nullptr; }
 __attribute__((weak)) int pm_cuda_set_device(int) { return PM_UNSUPPORTED; }

@@ -44,6 +44,11 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   memmove(to, from, bytes);
   return cudaSuccess;
 }
+template <typename Symbol>
+cudaError_t cudaMemcpyFromSymbol(void* to, const Symbol& symbol, size_t bytes) {
+  memcpy(to, &symbol, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

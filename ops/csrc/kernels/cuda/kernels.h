@@ -27,6 +27,7 @@ int64_t fused_moe_workspace(pm_dtype w_dtype, int64_t T, int64_t H, int64_t I, i
 int fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w13, const void* w2, pm_dtype w_dtype,
               const float* w13_scale, const float* w2_scale, int activation_bits, float* y, int64_t T, int64_t H, int64_t I,
               int64_t E, int64_t top_k, void* workspace, void* stream);
+int expert_counts(int64_t* calls, int64_t* experts_hit, int64_t* busiest_tokens);
 
 // attention.cu
 int64_t append_attention_workspace(int64_t T, int64_t B, int64_t M, int64_t Hq, int64_t Hkv, int64_t D, int64_t block_size);

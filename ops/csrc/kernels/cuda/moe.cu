@@ -27,6 +27,21 @@ constexpr int kHalfTile = 16;  // gate rows, then as many up rows
 constexpr int kSumThreads = 256;
 static_assert(kDecodeTokens <= 32, "find_hits has a lane for each token");
 
+// Running totals of a device, include/counters.h: calls, experts hit, tokens of the busiest.
+__device__ unsigned long long expert_totals[3];
+
+// By one thread of a call of fused_moe: adds what experts have so many tokens each.
+__device__ void count_experts(const int32_t* tokens, int experts) {
+  int hit = 0, busiest = 0;
+  for (int e = 0; e < experts; ++e) {
+    hit += tokens[e] > 0;
+    busiest = max(busiest, tokens[e]);
+  }
+  atomicAdd(&expert_totals[0], 1);
+  atomicAdd(&expert_totals[1], hit);
+  atomicAdd(&expert_totals[2], busiest);
+}
+
 // h [rows][stride]: SwiGLU of w13's strips, zeros from I on.
 struct HiddenOut {
   const float* scale;  // [E][2 I]; NULL: 1
@@ -96,6 +111,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     return segment;
   };
   work.start(locate);
+  if (blockIdx.x == 0 && hit == 0 && threadIdx.x == 0) count_experts(hits.count, hits.number);
   typename Work::Sums sum;
   const int groups = (count + kGroupTokens - 1) / kGroupTokens;
   work.multiply_segment(sum, groups, nullptr, locate);
@@ -158,8 +174,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
 }
 
 // y [T][H] from parts [T * top_k][H]. A block a token.
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const float* parts, Routing routing, float* y, int64_t H) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(const float* parts, Routing routing, const int32_t* count, float* y, int64_t H) {
   const int64_t token = blockIdx.x;
+  if (token == 0 && threadIdx.x == 0) count_experts(count, routing.E);
   for (int64_t n = threadIdx.x; n < H; n += kSumThreads) {
     float sum = 0.0f;
     const float* part = parts + token * routing.top_k * H + n;
@@ -249,7 +267,8 @@ struct Experts {
     const RowsOut parts{w2_scale, rooms.parts, PM_F32, of.H};
     if (int status = launch_grouped<Format, Tokens>(rooms.h_tokens, w2, down_strips, i_tiles, lists, parts, stream))
       return status;
-    return launch(sum_kernel, dim3(of.T), dim3(kSumThreads), 0, stream, rooms.parts, rooms.routing, y, of.H);
+    return launch(sum_kernel, dim3(of.T), dim3(kSumThreads), 0, stream, rooms.parts, rooms.routing, rooms.count, y,
+                  of.H);
   }
 };
 
@@ -282,6 +301,17 @@ int fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w1
     if (of.few()) return experts.template few<kDecodeTokens / kGroupTokens>();
     return of.rows() <= kFewRuns * E ? experts.template many<64>() : experts.template many<128>();
   });
+}
+
+int expert_counts(int64_t* calls, int64_t* experts_hit, int64_t* busiest_tokens) {
+  unsigned long long totals[3] = {};
+  if (const int status = check(cudaDeviceSynchronize(), "waiting for the GPU")) return status;
+  if (const int status = check(cudaMemcpyFromSymbol(totals, expert_totals, sizeof totals), "the counts of experts"))
+    return status;
+  *calls = static_cast<int64_t>(totals[0]);
+  *experts_hit = static_cast<int64_t>(totals[1]);
+  *busiest_tokens = static_cast<int64_t>(totals[2]);
+  return PM_OK;
 }
 
 }  // namespace pm::cuda

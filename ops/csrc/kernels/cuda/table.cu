@@ -41,6 +41,7 @@ __attribute__((visibility("default"))) const pm_device_kernels* pm_cuda_kernels(
       sample,
       all_reduce,
       all_gather,
+      expert_counts,
   };
   return &table;
 }

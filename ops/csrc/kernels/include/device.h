@@ -69,6 +69,9 @@ typedef struct pm_device_kernels {
   // collective.h, between ranks whose devices reach each other's memory
   int (*all_reduce)(const float* x, float* y, int64_t n, void* stream);
   int (*all_gather)(const float* x, float* y, int64_t rows, int64_t cols, void* stream);
+
+  // counters.h: pm_cpu_expert_counts of the calling thread's device. Unlike all others it waits, for all work there.
+  int (*expert_counts)(int64_t* calls, int64_t* experts_hit, int64_t* busiest_tokens);
 } pm_device_kernels;
 
 // NULL where the library was built without CUDA.
