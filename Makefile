@@ -4,7 +4,7 @@
 # make bench-peers   this and other engines side by side; PEERS holds flags (tests/benchmarks/peers/README.md)
 # make bench-serving   the engine under a server's load; SERVING holds flags (tests/benchmarks/serving/README.md)
 # make test-gpu   the CUDA kernels on this machine's GPU; $(PYTHON) needs NumPy and PyTorch alone. GPU holds flags (--help)
-# make bench-gpu   their times against what the GPU does at best; the same
+# make bench-gpu   their times against what the GPU does at best; the same. With Paddle, too: the whole model, see README.md
 # The others make the virtual environment $(VENV) first where it is missing. PYTHON chooses the interpreter.
 
 VENV ?= .venv

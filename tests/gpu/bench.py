@@ -1,18 +1,23 @@
-"""python -m tests.gpu.bench: every kernel at Mixtral-8x7B's sizes against what this GPU does at best: a table, JSON.
+"""python -m tests.gpu.bench: every kernel at Mixtral-8x7B's sizes against what this GPU does at best, then the whole
+model through Paddle: a table, JSON.
 
 Few tokens: the bytes a kernel must read over its time, as a share of the copy bandwidth measured in the same run. Many:
 its operations over its time, as a share of the bfloat16 matmul rate measured in the same run. Needs Python, NumPy,
-PyTorch and nvcc; neither Paddle nor pytest. --emulate: a tiny model on the emulation of CUDA; its figures mean nothing.
+PyTorch and nvcc; the model Paddle, too, and is left out without. --emulate: a tiny model on the emulation of CUDA; its
+figures mean nothing.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.gpu import pipeline
 from tests.gpu.clock import EmulatedClock, GpuClock
+from tests.gpu.collective_times import all_reduce_seconds
 from tests.gpu.devices import EmulatedDevice, TorchDevice
 from tests.gpu.workloads import FORMATS, MIXTRAL_8X7B, TINY, Model, Timed, all_timed
 
@@ -70,8 +75,33 @@ def table(timed: list[Timed], model: Model, device: str, bandwidth: float, rate:
     return lines
 
 
+def all_runs(device: EmulatedDevice | TorchDevice) -> tuple[dict[tuple[str, str], dict], list[str]]:
+    """The pipeline's runs by weights and mode, and a sentence for each that failed, or for all."""
+    if not pipeline.is_possible():
+        return {}, [pipeline.NO_PADDLE]
+    runs: dict[tuple[str, str], dict] = {}
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if isinstance(device, EmulatedDevice):
+                sizes, environment = pipeline.TINY, pipeline.prepare_mock(Path(folder), device.path)
+            else:
+                sizes, environment = pipeline.FULL, pipeline.prepare(device.architecture)
+        except pipeline.PipelineError as error:
+            return {}, [f"pipeline: {error}"]
+        for weights in pipeline.WEIGHTS:
+            for mode in pipeline.MODES:
+                began = time.perf_counter()
+                try:
+                    runs[weights, mode] = pipeline.measure(weights, mode, sizes, environment)
+                except pipeline.PipelineError as error:
+                    failures.append(f"pipeline, {weights} {mode}: {error}")
+                print(f"pipeline {weights} {mode}: {time.perf_counter() - began:.0f} s", flush=True)
+    return runs, failures
+
+
 def main() -> int:
-    """0 where every kernel ran."""
+    """0 where everything ran."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bench", description=__doc__)
     parser.add_argument("--emulate", action="store_true", help="a tiny model on the emulation of CUDA: a dry run")
     parser.add_argument("--json", type=Path, default=Path("build/gpu/bench.json"), help="where every figure goes")
@@ -86,6 +116,13 @@ def main() -> int:
     for t in all_timed(clock, model):
         timed.append(t)
         print(f"{t.operator} {t.weights} T={t.tokens} context={t.context}: {t.seconds * 1e6:.1f} us", flush=True)
+    sizes = [model.hidden, model.many[-1] * model.hidden]
+    reduced: dict[int, float] = {}
+    runs, failures = all_runs(clock.device)
+    try:
+        reduced |= zip(sizes, all_reduce_seconds(clock.device, sizes), strict=True)
+    except (RuntimeError, OSError) as error:
+        failures.append(f"all_reduce: {error}")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     found = {
         "device": clock.device.name,
@@ -93,11 +130,19 @@ def main() -> int:
         "matmul_operations_per_s": rate,
         "model": asdict(model),
         "kernels": [asdict(t) for t in timed],
+        "all_reduce_seconds": reduced,
+        "pipeline": [{"weights": weights, "mode": mode, "bench": run} for (weights, mode), run in runs.items()],
+        "pipeline_failures": failures,
     }
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"every figure: {arguments.json} ({time.perf_counter() - started:.0f} s in all)\n")
     print("\n".join(table(timed, model, clock.device.name, bandwidth, rate)))
-    return 0
+    told = ", ".join(f"{size} float32 {seconds * 1e6:.0f} us" for size, seconds in reduced.items())
+    print(f"all_reduce of two processes that take turns on this GPU: {told or 'failed'}")
+    if runs:
+        print("\n".join([*pipeline.loading(runs), *pipeline.table(runs)]))
+    print("\n".join(failures), end="\n" if failures else "")
+    return 1 if set(failures) - {pipeline.NO_PADDLE} else 0
 
 
 if __name__ == "__main__":

@@ -102,6 +102,12 @@ class TorchDevice:
         self.name = torch.cuda.get_device_name()
         self.stream = torch.cuda.current_stream().cuda_stream
 
+    @property
+    def architecture(self) -> str:
+        """As nvcc names it: "90a"."""
+        major, minor = self.torch.cuda.get_device_capability()
+        return f"{major}{minor}" + ("a" if major >= 9 else "")
+
     def empty(self, shape: tuple[int, ...], dtype: type) -> _TorchArray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         tensor = self.torch.full((size,), 0xFF, dtype=self.torch.uint8, device="cuda")  # not a number

@@ -2,10 +2,12 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 
 from ops.csrc import nvcc
+from tests.gpu import pipeline
 from tests.ops import cuda_emulation
 from tests.system import mock_device
 
@@ -96,6 +98,39 @@ def test_two_ranks_answer_as_on_the_cpu(runtime, tmp_path, mode):
     assert answers[0] == answers[1]
     cpu, gpu = answers[0]
     assert gpu == cpu
+
+
+@pytest.fixture(scope="module")
+def emulated(runtime):
+    """The environment of a process whose GPU is the mock device with the CUDA kernels, emulated."""
+    return {
+        "PADDLE_MIXTRAL_DEVICE_RUNTIME": str(runtime),
+        "PM_MOCK_KERNELS": str(cuda_emulation.build("kernels", nvcc.sources())),
+    }
+
+
+def test_the_pipeline_of_bench_gpu_runs_on_the_cuda_kernels(emulated):
+    runs = {("int8", mode): pipeline.measure("int8", mode, pipeline.TINY, emulated) for mode in pipeline.MODES}
+    for (_, mode), found in runs.items():
+        assert (found["model"]["mode"], found["model"]["quant_type"]) == (mode, "weight_only_int8")
+        prefill, alone, together = found["measurements"]
+        assert alone["experts_hit"] == 2  # by the CUDA kernels' own count
+        assert 2 <= together["experts_hit"] <= 4
+        assert 4 < prefill["experts_hit"] <= 8
+    del runs["int8", "dynamic"]
+    _, prefill_line, *decode_lines = pipeline.table(runs)
+    assert prefill_line.split()[:4] == ["prefill", "33", "int8", "failed"]
+    assert prefill_line.endswith(">= 40%")
+    assert [line.split()[1] for line in decode_lines] == ["b1", "b2"]
+    assert len(pipeline.loading(runs)) == 1
+
+
+def test_a_run_of_the_pipeline_that_fails_is_told_in_its_own_words(emulated):
+    nowhere = replace(pipeline.TINY, model=("dummy:nowhere",))
+    with pytest.raises(
+        pipeline.PipelineError, match=r"bench dummy:nowhere .*: exit status 1: error: .*no configuration"
+    ):
+        pipeline.measure("bf16", "dynamic", nowhere, emulated)
 
 
 def test_no_runtime_is_one_sentence(tmp_path):
