@@ -62,6 +62,8 @@ def _torch(device: int) -> tuple[Callable[[], object], Callable[[], object]]:
 def _paddle(device: int) -> tuple[Callable[[], object], Callable[[], object]]:
     import paddle
 
+    if not paddle.is_compiled_with_cuda():
+        raise ValueError("what is installed is one for CPUs")
     paddle.device.set_device(f"gpu:{device}")
     a, b = (paddle.randn([SIZE, SIZE]).astype("bfloat16") for _ in range(2))
     return lambda: paddle.matmul(a, b), paddle.device.synchronize

@@ -46,7 +46,7 @@ TINY = Sizes(("dummy:demo", "--num_hidden_layers", "1"), context=9, batch=2, pro
 
 @dataclass(frozen=True)
 class Target:
-    """What issue 5 asks of a measurement on an H200. ``share``: of the copy bandwidth, or of the matmul rate."""
+    """What a measurement is wanted to reach on one H200. ``share``: of the copy bandwidth, or of the matmul rate."""
 
     share: float | None = None
     tokens_per_s: float | None = None
