@@ -114,7 +114,9 @@ def measure(weights: str, mode: str, sizes: Sizes, environment: dict[str, str]) 
             "json": found,
         }
         listed = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        _run([sys.executable, "predict/main.py", "bench", *sizes.model, *WEIGHTS[weights], *listed], RUN_S, environment)
+        # As a module: of this folder's packages, whatever is installed.
+        command = [sys.executable, "-m", "predict.main", "bench", *sizes.model, *WEIGHTS[weights], *listed]
+        _run(command, RUN_S, environment)
         return json.loads(found.read_text(encoding="utf-8"))
 
 
