@@ -2,9 +2,9 @@
 //
 // BLOCK       a strip of 32 rows of weights; each of its four warps a quarter of K, with all tokens of the product in groups
 //             of eight. Sums of the quarters meet in shared memory and are added in their order.
-// RING        every thread has its own: it copies the 16-byte chunks of its fragments (and of its tokens) to shared memory
-//             kStages - 1 tiles ahead, and reads none but its own. So the main loop has no barrier, no bank conflict and no
-//             registers that wait for memory. It does not stop between the segments of a block (the experts of one strip).
+// RING        every warp has its own: it copies tiles (and its tokens') to shared memory kStages - 1 tiles ahead, and reads
+//             none but its own. So the main loop has no barrier of the block, no bank conflict and no registers that wait
+//             for memory. It does not stop between the segments of a block (the experts of one strip).
 // BUDGET      (estimated, not measured) an H200 brings 4.8 TB/s / (132 processors * 1.755 GHz) = 21 bytes a cycle and
 //             processor; with a latency of 0.8 us that is 29 KB under way. Each block keeps 4 warps * 7 tiles * 2 KB = 56 KB
 //             under way (8 tokens), two blocks to a processor where there are so many. A warp's tile is 56 to 69
@@ -17,6 +17,7 @@
 #define PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 
 #include "tile.cuh"
+#include "vector.cuh"
 
 namespace pm::cuda {
 
@@ -49,7 +50,7 @@ struct Stream {
     const unsigned char* token[Groups];
   };
 
-  unsigned char* ring;           // this lane's chunk of its warp's ring
+  unsigned char* ring;           // of this warp
   typename Format::Sum* sums;    // of the block
   int lane, warp, tiles, first;  // of this warp's quarter: its tiles, the first one
   int segments, segment = 0, tile = 0, in = 0, out = 0;
@@ -59,7 +60,7 @@ struct Stream {
   __device__ Stream(unsigned char* shared, int tiles_of_k, int segments_, int64_t stride_)
       : segments(segments_), stride(stride_) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    ring = shared + warp * kRingBytes + lane * 16;
+    ring = shared + warp * kRingBytes;
     sums = reinterpret_cast<typename Format::Sum*>(shared + kQuarters * kRingBytes);
     const int quarter = quarter_tiles(tiles_of_k);
     first = warp * quarter;
@@ -84,7 +85,7 @@ struct Stream {
     if (segment < segments) {
       unsigned char* to = ring + in * kStageBytes;
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) cp_async_16(to + j * 32 * 16, from.weights + chunk_offset(j, lane), true);
+      for (int chunk = lane; chunk < kChunks; chunk += 32) cp_async_16(to + place(chunk), from.weights + chunk * 16, true);
       from.weights += kTileBytes;
       if constexpr (!Resident) {
 #pragma unroll
@@ -92,8 +93,8 @@ struct Stream {
           if (from.token[n] != nullptr) {
 #pragma unroll
             for (int plane = 0; plane < Format::kPlanes; ++plane)
-              cp_async_16(to + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes, from.token[n] + plane * stride,
-                          true);
+              cp_async_16(to + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16,
+                          from.token[n] + plane * stride, true);
             from.token[n] += kTokenBytes;
           }
       }
@@ -119,10 +120,11 @@ struct Stream {
         for (int i = 0; i < 8; ++i) sum[n][plane][i / 4][i % 4] = 0;
     for (int i = 0; i < tiles; ++i) {
       cp_async_wait<kStages - 2>();
+      __syncwarp();
       push(locate);  // to where the tile before this one was
       const unsigned char* at = ring + out * kStageBytes;
       out = out + 1 == kStages ? 0 : out + 1;
-      const TileFragment w = load_tile(at - lane * 16, lane);
+      const TileFragment w = load_tile(at, lane);
 #pragma unroll
       for (int n = 0; n < Groups; ++n)
         if (n < groups) {
@@ -130,7 +132,7 @@ struct Stream {
           for (int plane = 0; plane < Format::kPlanes; ++plane) {
             const unsigned char* tokens =
                 Resident ? resident + (n * kGroupTokens * Format::kPlanes + plane) * stride + i * kTokenBytes
-                         : at + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes;
+                         : at + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16;
             multiply<Format>(sum[n][plane], w, *reinterpret_cast<const uint4*>(tokens));
           }
         }
@@ -149,9 +151,11 @@ struct Stream {
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int row = 0; row < 4; ++row)
-              sums[warp * kWarpSums + (plane * kTokens + n * kGroupTokens + 2 * t + i) * kRowStride + 4 * group + row] =
-                  sum[n][plane][row / 2][row % 2 * 2 + i];
+            for (int m = 0; m < 2; ++m) {
+              const int at = warp * kWarpSums + (plane * kTokens + n * kGroupTokens + 2 * t + i) * kRowStride;
+              const auto& of = sum[n][plane][m];
+              store_pair(sums + at + 16 * m + 2 * group, of[i], of[2 + i]);
+            }
       }
     __syncthreads();
   }

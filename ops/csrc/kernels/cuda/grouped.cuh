@@ -57,8 +57,8 @@ struct ManyShape {
   static_assert(kTokenCopies * kManyThreads * 16 == Format::kPlanes * kPlaneBytes, "whole copies");
 };
 
-// Groups: which tokens a block has, as WholeBatch. Out: store(group, strip, lane, rows, values), as RowsOut. w: [groups]
-// [strips][tiles][kTileBytes].
+// Groups: which tokens a block has, as WholeBatch. Out: where results go, as RowsOut. w:
+// [groups][strips][tiles][kTileBytes].
 template <class Format, int Tokens, class Groups, class Out>
 __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
     grouped_kernel(TokenRows tokens, const unsigned char* w, int64_t strips, int tiles, int64_t runs, Groups groups,
@@ -96,11 +96,10 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
   bool token_valid[Shape::kTokenCopies];
 #pragma unroll
   for (int i = 0; i < Shape::kWeightCopies; ++i) {
-    const int chunk = i * kManyThreads + threadIdx.x;  // [strip][j][lane]
-    const int64_t strip = first_strip + chunk / 128;
+    const int chunk = i * kManyThreads + threadIdx.x;  // [strip][chunk]
+    const int64_t strip = first_strip + chunk / kChunks;
     weights_valid[i] = strip < strips;
-    weights[i] = w + (run.group * strips + (weights_valid[i] ? strip : 0)) * tiles * kTileBytes +
-                 chunk_offset(chunk / 32 % kChunks, chunk % 32);
+    weights[i] = w + (run.group * strips + (weights_valid[i] ? strip : 0)) * tiles * kTileBytes + chunk % kChunks * 16;
   }
 #pragma unroll
   for (int i = 0; i < Shape::kTokenCopies; ++i) {
@@ -115,7 +114,8 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
     unsigned char* to = shared + stage * Shape::kStageBytes;
 #pragma unroll
     for (int i = 0; i < Shape::kWeightCopies; ++i) {
-      cp_async_16(to + (i * kManyThreads + threadIdx.x) * 16, weights[i], weights_valid[i]);
+      const int chunk = i * kManyThreads + threadIdx.x;
+      cp_async_16(to + chunk / kChunks * kTileBytes + place(chunk % kChunks), weights[i], weights_valid[i]);
       weights[i] += kTileBytes;
     }
 #pragma unroll
@@ -179,25 +179,28 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
   for (int s = 0; s < kWarpStrips; ++s) {
     const int64_t strip = first_strip + warp_strip + s;
     if (strip >= strips || !live) continue;
+    const typename Out::Columns columns = out.columns(run.group, strip, lane);
 #pragma unroll
-    for (int n = 0; n < G; ++n) {
-      float value[2][4];  // of tokens 2 t and 2 t + 1, of four rows that follow each other
-      int row[2];
+    for (int n = 0; n < G; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int place = warp_token + n * kGroupTokens + lane % 4 * 2 + i;
-        row[i] = result_row[place];
+        const int place = warp_token + n * kGroupTokens + lane % 4 * 2 + i, row = result_row[place];
+        if (row < 0) continue;
+        const float token_scale = Format::kFixed ? scale[place] : 1.0f;
+        const int32_t token_total = Format::kFixed ? total[place] : 0;
+        float value[2][2];  // [m][h]
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          Sum of_planes[P];
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
-          for (int plane = 0; plane < P; ++plane)
-            of_planes[plane] = (Format::kFixed ? sum : quarters)[s][n][plane][r / 2][r % 2 * 2 + i];
-          value[i][r] = product<Format>(of_planes, Format::kFixed ? scale[place] : 1.0f, Format::kFixed ? total[place] : 0);
-        }
+          for (int h = 0; h < 2; ++h) {
+            Sum of_planes[P];
+#pragma unroll
+            for (int plane = 0; plane < P; ++plane)
+              of_planes[plane] = (Format::kFixed ? sum : quarters)[s][n][plane][m][2 * h + i];
+            value[m][h] = product<Format>(of_planes, token_scale, token_total);
+          }
+        out.store(columns, row, value);
       }
-      out.store(run.group, strip, lane, row, value);
-    }
   }
 }
 
@@ -211,17 +214,27 @@ struct RowsOut {
   __device__ float scaled(int group, int64_t n, float sum) const {
     return scale != nullptr ? __fmul_rn(sum, scale[group * N + n]) : sum;
   }
-  // All lanes of a warp. row: of two tokens, -1 where there is none.
-  __device__ void store(int group, int64_t strip, int lane, const int (&row)[2], const float (&value)[2][4]) const {
-    const int64_t n = strip * kTileRows + lane / 4 * 4;
+
+  // Of this lane: columns n + 16 m + h as tile.cuh's sums have them, and their scales.
+  struct Columns {
+    int64_t n;
+    float scale[2][2];
+  };
+  __device__ Columns columns(int group, int64_t strip, int lane) const {
+    Columns of{strip * kTileRows + lane / 4 * 2, {}};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (row[i] < 0) continue;
-      float scaled_value[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) scaled_value[r] = n + r < N ? scaled(group, n + r, value[i][r]) : 0.0f;
-      store_up_to_four(y, dtype, row[i] * N + n, scaled_value, (row[i] + 1) * N, N % 4 == 0);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t n = of.n + 16 * (i / 2) + i % 2;
+      of.scale[i / 2][i % 2] = scale != nullptr && n < N ? scale[group * N + n] : 1.0f;
     }
+    return of;
+  }
+  // value [m][h]
+  __device__ void store(const Columns& of, int row, const float (&value)[2][2]) const {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      store_up_to_two(y, dtype, row * N + of.n + 16 * m, __fmul_rn(value[m][0], of.scale[m][0]),
+                      __fmul_rn(value[m][1], of.scale[m][1]), N - of.n - 16 * m, N % 2 == 0);
   }
 };
 

@@ -62,29 +62,31 @@ struct HiddenOut {
     if (is_last(strip) && i + kHalfTile < stride) store_element(h, dtype, row * stride + i + kHalfTile, 0.0f);
   }
 
-  // As RowsOut::store. Lanes 0..15 have gate rows, lanes 16..31 the up rows of the same columns: the first half finishes
-  // the first token, the second half the second one.
-  __device__ void store(int expert, int64_t strip, int lane, const int (&rows)[2], const float (&value)[2][4]) const {
-    const bool second = lane >= 16;
-    const int64_t i = strip * kHalfTile + lane % 16 / 4 * 4;
-    const int row = second ? rows[1] : rows[0];
-    float result[4];
+  // As RowsOut's: m = 0 are gate rows, m = 1 the up rows of the same columns i and i + 1 of h.
+  struct Columns {
+    int64_t i;
+    bool last;
+    float scale[2][2];
+  };
+  __device__ Columns columns(int expert, int64_t strip, int lane) const {
+    Columns of{strip * kHalfTile + lane / 4 * 2, is_last(strip), {}};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      float own[2];
-#pragma unroll
-      for (int token = 0; token < 2; ++token)
-        own[token] = second ? up(expert, i + r, value[token][r]) : gate(expert, i + r, value[token][r]);
-      const float other = __shfl_xor_sync(~0u, second ? own[0] : own[1], 16);
-      const float h_value = second ? swiglu(other, own[1]) : swiglu(own[0], other);
-      result[r] = i + r < I ? h_value : 0.0f;
+      const int64_t i = of.i + r % 2;
+      of.scale[r / 2][r % 2] = scale != nullptr && i < I ? scale[(expert * 2 + r / 2) * I + i] : 1.0f;
     }
-    if (row < 0) return;
-    const int64_t end = (row + 1) * stride;
-    store_up_to_four(h, dtype, row * stride + i, result, end, stride % 4 == 0);
-    if (!is_last(strip)) return;
-    const float zeros[4] = {};
-    store_up_to_four(h, dtype, row * stride + i + kHalfTile, zeros, end, stride % 4 == 0);
+    return of;
+  }
+  __device__ void store(const Columns& of, int row, const float (&value)[2][2]) const {
+    float result[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float h_value = swiglu(__fmul_rn(value[0][r], of.scale[0][r]), __fmul_rn(value[1][r], of.scale[1][r]));
+      result[r] = of.i + r < I ? h_value : 0.0f;
+    }
+    const int64_t at = row * stride + of.i, left = stride - of.i;
+    store_up_to_two(h, dtype, at, result[0], result[1], left, stride % 2 == 0);
+    if (of.last) store_up_to_two(h, dtype, at + kHalfTile, 0.0f, 0.0f, left - kHalfTile, stride % 2 == 0);
   }
 };
 

@@ -3,15 +3,16 @@
 // WEIGHTS     are the CPU's bytes (include/quantize.h): a tile is 2048 bytes, [16 words][32 rows] of 32 bits, a
 //             word four columns of int8 (u = w + 128) or two of 16 bits; the tiles of 32 rows (a strip) follow each other
 //             over K.
-// FRAGMENTS   lane = 4 group + t takes four chunks of 16 bytes: chunk j holds rows 4 group .. 4 group + 3 of word 4 t + j.
-//             Its four words are the A registers of rows `group` and `group + 8` of two products of sixteen rows, so row 4
-//             group + 2 m + h of the tile is row group + 8 h of product m: no shuffle, no swizzle. A warp's load of one
-//             chunk is four whole lines of 128 bytes.
+// FRAGMENTS   in shared memory a tile's chunks of 16 bytes (four rows of a word) lie at place(): lane = 4 group + t takes
+// rows
+//             16 m + 2 group and the next one of words 4 t .. 4 t + 3, 8 bytes each, and half a warp finds all banks. Two
+//             such words are the four A registers of rows `group` and `group + 8` of a product in their order, so that
+//             nothing is moved between registers: row 16 m + 2 group + h of the tile is row group + 8 h of product m.
 // TOKENS      of a tile are 64 bytes a plane in increasing k, and lane (group, t) takes 16 of token `group`: its words 4 t
 //             .. 4 t + 3. Step s of a tile multiplies words 4 t + 2 s and 4 t + 2 s + 1: columns in another order than they
 //             lie, the same order wherever a tile is multiplied.
-// SUMS        sum [m][2 h + i]: row 4 group + 2 m + h of the tile with token 2 t + i. Four rows that follow each other are
-//             one thread's.
+// SUMS        sum [m][2 h + i]: row 16 m + 2 group + h of the tile with token 2 t + i. So gate and up rows of the same
+//             columns are one thread's.
 // INT8        tokens are fixed point as include/linear.h says, q = lo + 256 hi in planes [lo, hi] or [lo]; sums of u lo and
 //             of u hi are exact in int32 for K <= 65,536, and one conversion of lo + 256 hi - 128 sum q, exact in int64, is
 //             rounded: the CPU's bits whatever the order.
@@ -28,7 +29,7 @@ namespace pm::cuda {
 
 constexpr int kTileRows = 32, kTileBytes = 2048;
 constexpr int kTokenBytes = 64;  // of a token's plane, a tile
-constexpr int kChunks = 4;       // of a lane, a tile
+constexpr int kChunks = kTileBytes / 16;
 constexpr int kGroupTokens = 8;  // the n of an mma
 constexpr int kQuarters = 4;
 
@@ -57,18 +58,26 @@ struct Floating {
 // Of a K in tiles: those of the first quarters; the last ones have what is left, perhaps none.
 __host__ __device__ inline int quarter_tiles(int tiles) { return (tiles + kQuarters - 1) / kQuarters; }
 
-// Where lane `lane`'s chunk j lies in a tile of global memory. In shared memory chunks are in the order [j][lane].
-__device__ __forceinline__ int chunk_offset(int j, int lane) { return (4 * (lane % 4) + j) * 128 + lane / 4 * 16; }
+// Where a tile's chunk, 0 .. kChunks - 1 in the order of global memory, lies in shared memory.
+__device__ __forceinline__ int place(int chunk) { return (chunk ^ chunk / 32 * 2) * 16; }
 
 struct TileFragment {
-  uint4 chunk[kChunks];
+  uint32_t a[2][2][4];  // [m][s]
 };
 
-// shared: the tile's bytes in the order [j][lane].
+// shared: a tile's chunks, each at its place().
 __device__ __forceinline__ TileFragment load_tile(const unsigned char* shared, int lane) {
+  const int group = lane / 4, t = lane % 4;
   TileFragment w;
 #pragma unroll
-  for (int j = 0; j < kChunks; ++j) w.chunk[j] = *reinterpret_cast<const uint4*>(shared + (j * 32 + lane) * 16);
+  for (int m = 0; m < 2; ++m) {
+    const unsigned char* const from = shared + place(32 * t + 4 * m + group / 2) + group % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint2 rows = *reinterpret_cast<const uint2*>(from + i * (kTileRows * 4));
+      w.a[m][i / 2][i % 2 * 2] = rows.x, w.a[m][i / 2][i % 2 * 2 + 1] = rows.y;
+    }
+  }
   return w;
 }
 
@@ -77,11 +86,9 @@ template <class Format>
 __device__ __forceinline__ void multiply(typename Format::Sum (&sum)[2][4], const TileFragment& w, uint4 tokens) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const uint4 first = w.chunk[2 * s], second = w.chunk[2 * s + 1];
     const uint32_t b[2] = {s ? tokens.z : tokens.x, s ? tokens.w : tokens.y};
-    const uint32_t upper[4] = {first.x, first.y, second.x, second.y}, lower[4] = {first.z, first.w, second.z, second.w};
-    Format::mma(sum[0], upper, b);
-    Format::mma(sum[1], lower, b);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) Format::mma(sum[m], w.a[m][s], b);
   }
 }
 

@@ -66,13 +66,24 @@ __device__ __forceinline__ void store_four(void* p, pm_dtype dtype, int64_t i, f
     store_four(static_cast<float*>(p) + i, v);
 }
 
-// Those of elements i .. i + 3 that come before `end`. aligned: i is a multiple of four whose four elements are aligned.
-__device__ __forceinline__ void store_up_to_four(void* p, pm_dtype dtype, int64_t i, const float (&v)[4], int64_t end,
-                                                 bool aligned) {
-  if (aligned && i + 4 <= end) return store_four(p, dtype, i, make_float4(v[0], v[1], v[2], v[3]));
-#pragma unroll
-  for (int r = 0; r < 4; ++r)
-    if (i + r < end) store_element(p, dtype, i + r, v[r]);
+// Two values that follow each other, 8-byte aligned.
+__device__ __forceinline__ void store_pair(float* p, float a, float b) { *reinterpret_cast<float2*>(p) = make_float2(a, b); }
+__device__ __forceinline__ void store_pair(int32_t* p, int32_t a, int32_t b) {
+  *reinterpret_cast<int2*>(p) = make_int2(a, b);
+}
+
+// Elements i and i + 1 of an array of any type of activations, as far as there are `left`. aligned: i is even.
+__device__ __forceinline__ void store_up_to_two(void* p, pm_dtype dtype, int64_t i, float a, float b, int64_t left,
+                                                bool aligned) {
+  if (!aligned || left < 2) {
+    if (left > 0) store_element(p, dtype, i, a);
+    if (left > 1) store_element(p, dtype, i + 1, b);
+  } else if (dtype == PM_F32) {
+    store_pair(static_cast<float*>(p) + i, a, b);
+  } else {
+    const uint32_t word = dtype == PM_BF16 ? pack_two<__nv_bfloat16>(a, b) : pack_two<__half>(a, b);
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p) + i) = word;
+  }
 }
 
 }  // namespace pm::cuda
