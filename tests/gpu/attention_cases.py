@@ -101,6 +101,32 @@ def neighbours_do_not_change_a_bit(device: Device, dtype: int) -> None:
             assert_same_bits(np.concatenate([a, b]), alone[s], f"sequence {s} in {order}")
 
 
+def suffixes_do_not_change_a_bit(device: Device, window: int) -> None:
+    """Few new tokens after more than a chunk of keys: of one sequence, and of more than are split over their keys."""
+    heads = Heads(8, 2, 32, 1e6, window)
+    prompts = [encode(normal(n, n, heads.width), BF16) for n in (300, 530, 276, 280, 301)]
+    new = [20, 9, 2, 24, 1]
+    alone = [whole(device, heads, x, BF16, 32) for x in prompts]
+    for chosen in ([0], [1], [4, 3, 0, 1, 2]):
+        cache = Cache(device, heads, len(prompts), 530, 16, BF16)
+        contexts = [len(prompts[s]) - new[s] for s in chosen]
+        cache.step(chosen, [prompts[s][:n] for s, n in zip(chosen, contexts, strict=True)], [0] * len(chosen))
+        out = cache.step(chosen, [prompts[s][n:] for s, n in zip(chosen, contexts, strict=True)], contexts)
+        for s, context, rows in zip(chosen, contexts, out, strict=True):
+            assert_same_bits(rows, alone[s][context:], f"the last {new[s]} of sequence {s} in {chosen}")
+
+
+def later_tokens_of_a_suffix_are_not_seen(device: Device, dtype: int) -> None:
+    """Rows of the same step, after a long context, that are no numbers."""
+    heads = Heads(8, 2, 32)
+    qkv = encode(normal(7, 300, heads.width), dtype)
+    expected = whole(device, heads, qkv, dtype)
+    cache = Cache(device, heads, 1, 300, 16, dtype)
+    cache.step([0], [qkv[:280]], [0])
+    qkv[290:] = encode(np.float32([np.nan]), dtype)
+    assert_same_bits(cache.step([0], [qkv[280:]], [280])[0][:10], expected[280:290], "before them")
+
+
 def neither_the_future_nor_beyond_the_window(device: Device, dtype: int) -> None:
     """Rows that a row does not see may be any numbers; pages that no row sees may be gone."""
     heads = Heads(4, 2, 32, 1e4, 10)
@@ -177,7 +203,12 @@ def cases() -> list[Case]:
     ):
         check = partial(chunks_do_not_change_a_bit, heads=heads, dtype=BF16, length=length)
         made.append(Case("append_attention", f"chunks do not change a bit, {heads}, {length} tokens", check))
+    for window in (0, 260):
+        check = partial(suffixes_do_not_change_a_bit, window=window)
+        made.append(Case("append_attention", f"suffixes do not change a bit, window {window}", check))
     for dtype in (BF16, F16):
+        check = partial(later_tokens_of_a_suffix_are_not_seen, dtype=dtype)
+        made.append(Case("append_attention", f"later tokens of a suffix are not seen, {NAMES[dtype]}", check))
         check = partial(neighbours_do_not_change_a_bit, dtype=dtype)
         made.append(Case("append_attention", f"neighbours do not change a bit, {NAMES[dtype]}", check))
         check = partial(what_pages_held_before_does_not_matter, dtype=dtype)

@@ -1,106 +1,30 @@
 // Append attention on pages: include/attention.h; attention_tile.cuh says in which order sums are made.
 //
-// Three launches, sized by what the host knows (T, B, M * block_size); blocks without work leave at once.
-//   append_decode   rotates queries into the workspace and keys into their pages, copies values, and plans: how many chunks
-//                   of keys (sequences with one new token: decodes) and tiles of rows (the others) precede each sequence
-//   attend_decode   some blocks take 64 rows, (token, query head of one key/value head) pairs, of a longer sequence and walk
-//                   all keys that these see; the others go through the chunks of decodes, a warp for each tile of the chunk
-//   merge_decode    the chunks of each decode, in order
+// Two launches, sized by what the host knows (T, B, M * block_size); blocks without work leave at once.
+//   append_decode   rotates queries into the workspace and keys into their pages, copies values, and plans: which sequences
+//                   are split over their keys, and how much work precedes each sequence
+//   attend_decode   some blocks take 64 rows, (token, query head of one key/value head) pairs, of a sequence and walk all
+//                   keys that these see (here); the others go through the chunks of the split ones (attention_chunks.cuh)
 //
 // QUERIES ARE ROUNDED to the activations' type (the CPU's are not), because they are operands of mma.
 #include <algorithm>
 
 #include "attention_append.cuh"
+#include "attention_chunks.cuh"
 
 namespace pm::cuda {
 namespace attention {
 namespace {
 
-constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksAtOnce = 2;  // on a multiprocessor
 
 // Of attend_decode: 96 KB for heads of 128.
-//   decodes    each warp: three halves of a tile of keys or values
+//   chunks     each warp: three halves of a tile of keys or values
 //   64 rows    two tiles of keys and values; the rows' sums [64, Width] float32
 template <int Width>
 constexpr size_t shared_bytes() {
   static_assert(kWarps * 3 * kHalf * 2 == 2 * 2 * kTile * 2 + kTileRows * 4, "both take as much");
   return size_t{kWarps * 3 * kHalf * 2} * Width;
-}
-
-// Decodes: item = (chunk of a sequence, 16 query heads of one key/value head). Each warp has a tile of the chunk, and
-// fetches three of its four halves (keys, values) at once.
-template <class Element, int Width>
-__device__ __forceinline__ void attend_chunks(const Problem<Element>& p, int block, int blocks) {
-  constexpr int kPiece = kHalf * Width;  // elements
-  __shared__ Softmax softmaxes[kWarps][kRows];
-  Element* const shared = reinterpret_cast<Element*>(dynamic_shared());
-  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-  Element* const piece[3] = {shared + (warp * 3 + 0) * kPiece, shared + (warp * 3 + 1) * kPiece,
-                             shared + (warp * 3 + 2) * kPiece};
-  const int group = p.group(), units = p.units() * p.Hkv, items = p.chunks_to[p.B] * units;
-
-  for (int item = block; item < items; item += blocks) {
-    const int ordinal = item / units, kv = item % units / p.units(), unit = item % p.units();
-    const int b = owner(p.chunks_to, p.B, ordinal), position = p.context_lens[b];
-    const int first = first_seen(position, p.window), chunk = first / kChunk + ordinal - p.chunks_to[b];
-    const int start = chunk * kChunk + warp * kTile;
-    const int head = kv * group + unit * kRows, heads = min(kRows, group - unit * kRows);
-
-    if (start > position || start + kTile <= first) {
-      if (lane < kRows) softmaxes[warp][lane] = Softmax{};
-    } else {
-      const Pages pages = p.pages(b, kv, first, position + 1);
-      const uint32_t low = pages.offset(start + lane), high = pages.offset(start + kHalf + lane);
-      fetch<Width, kHalf>(pages, p.key_cache, low, piece[0], 0);
-      fetch<Width, kHalf>(pages, p.key_cache, high, piece[1], 0);
-      cp_async_commit();
-      fetch<Width, kHalf>(pages, p.value_cache, low, piece[2], 0);
-      cp_async_commit();
-      const Element* const queries = p.queries + (int64_t{p.cu_seqlens[b]} * p.Hq + head) * p.D;
-      Rows<Element, Width> rows;
-      rows.load(g < heads ? queries + g * p.D : nullptr, g + 8 < heads ? queries + (g + 8) * p.D : nullptr, p.D);
-      for (int i = 0; i < 2; ++i) rows.position[i] = g + 8 * i < heads ? position : -1;
-      rows.window = p.window;
-      float s[kTile / 8][4];
-      cp_async_wait<1>();
-      __syncwarp();
-      score<Element, Width>(rows, {piece[0], piece[1]}, s);
-      __syncwarp();
-      fetch<Width, kHalf>(pages, p.value_cache, high, piece[0], 0);
-      cp_async_commit();
-      uint32_t weights[kTile / 16][4];
-      Softmax parts[2];
-      soften(rows, s, p.scale, start, false, weights, parts);
-      if (t == 0)
-        for (int i = 0; i < 2; ++i) softmaxes[warp][g + 8 * i] = parts[i];
-      cp_async_wait<0>();
-      __syncwarp();
-      float* const sums = reinterpret_cast<float*>(piece[1]);  // [16, Width], instead of the second half of the keys
-      add_values<Element, Width>(weights, {piece[2], piece[0]}, [&](int n, const float (&o)[4]) {
-        const int d = 8 * n + 2 * t;
-        if (g < heads) *reinterpret_cast<float2*>(sums + g * Width + d) = make_float2(o[0], o[1]);
-        if (g + 8 < heads) *reinterpret_cast<float2*>(sums + (g + 8) * Width + d) = make_float2(o[2], o[3]);
-      });
-    }
-    __syncthreads();
-
-    for (int i = static_cast<int>(threadIdx.x); i < heads * p.D; i += kThreads) {
-      const int row = i / p.D, d = i % p.D;
-      Softmax all;
-      float value = 0.0f;
-      for (int w = 0; w < kWarps; ++w) {
-        const Softmax part = softmaxes[w][row];
-        if (part.largest == -INFINITY) continue;
-        const float* const sums = reinterpret_cast<const float*>(shared + (w * 3 + 1) * kPiece);
-        value = merge(all, part)(value, sums[row * Width + d]);
-      }
-      const int64_t at = int64_t{ordinal} * p.Hq + head + row;
-      p.part_values[at * p.D + d] = value;
-      if (d == 0) p.parts[at] = all;
-    }
-    __syncthreads();
-  }
 }
 
 // Longer sequences: 64 rows, 16 a warp, against all keys that they see, a tile fetched ahead of the one in use.
@@ -164,7 +88,7 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
       const auto take = [&](int n, const float (&o)[4], int i) {
         for (int j = 2 * i; j < 2 * i + 2; ++j) chunk_values[n][j] = by[i](chunk_values[n][j], o[j]);
       };
-      if (all_seen || are_numbers<Element, Width>(halves[0])) {
+      if (all_seen || are_numbers<kPiece>(halves[0])) {
         add_values<Element, Width>(weights, halves, [&](int n, const float (&o)[4]) {
           take(n, o, 0);
           take(n, o, 1);
@@ -207,7 +131,7 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
 }
 
 // The first row_blocks blocks may have 64 rows of a longer sequence, those with the most keys first; the rest share the
-// chunks of decodes.
+// chunks of split ones.
 template <class Element, int Width>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) attend_decode(const Problem<Element> p, int row_blocks) {
   const int block = static_cast<int>(blockIdx.x);
@@ -219,39 +143,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) attend_decode(const P
   }
 }
 
-// Block (b, y): four query heads of sequence b, a warp each.
-template <class Element>
-__global__ void __launch_bounds__(kThreads) merge_decode(const Problem<Element> p) {
-  const int b = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y * kWarps + threadIdx.x / 32);
-  const int d = static_cast<int>(threadIdx.x % 32) * 4, begin = p.chunks_to[b], end = p.chunks_to[b + 1];
-  if (begin == end || head >= p.Hq || d >= p.D) return;
-  Softmax all;
-  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int ordinal = begin; ordinal < end; ++ordinal) {
-    const int64_t at = int64_t{ordinal} * p.Hq + head;
-    const float4 part = load_four(p.part_values + at * p.D + d);
-    const Merge by = merge(all, p.parts[at]);
-    value = make_float4(by(value.x, part.x), by(value.y, part.y), by(value.z, part.z), by(value.w, part.w));
-  }
-  store_four(p.out + (int64_t{p.cu_seqlens[b]} * p.Hq + head) * p.D + d,
-             make_float4(__fdiv_rn(value.x, all.sum), __fdiv_rn(value.y, all.sum), __fdiv_rn(value.z, all.sum),
-                         __fdiv_rn(value.w, all.sum)));
-}
-
-// Chunks of decodes at most.
-int64_t most_chunks(int64_t T, int64_t B, int64_t M, int64_t block_size) {
-  return std::min(T, B) * equal_parts(M * block_size, kChunk);
+// Of split sequences at most: chunks of one, and of all the sums that a token has in a chunk.
+int64_t most_chunks(const int64_t M, int64_t block_size) { return equal_parts(M * block_size, kChunk); }
+int64_t most_parts(int64_t T, int64_t B, int64_t M, int64_t block_size) {
+  return (std::min(T, B) + (T > 1 ? std::min<int64_t>(T, kSplitTokens) : 0)) * most_chunks(M, block_size);
 }
 
 // The workspace's arrays; the bytes they take.
 template <class Element>
 int64_t lay_out(Problem<Element>& p, void* workspace) {
   Workspace space{static_cast<unsigned char*>(workspace)};
-  const int64_t heads = most_chunks(p.T, p.B, p.M, p.block_size) * p.Hq;
+  const int64_t heads = most_parts(p.T, p.B, p.M, p.block_size) * p.Hq;
   p.queries = space.take<Element>(int64_t{p.T} * p.Hq * p.D);
-  p.chunks_to = space.take<int32_t>(p.B + 1);
+  p.items_to = space.take<int32_t>(p.B + 1);
+  p.parts_to = space.take<int32_t>(p.B + 1);
   p.tiles_to = space.take<int32_t>(p.B + 1);
+  p.arrived = space.take<int32_t>(int64_t{p.T} * p.units(1) * p.Hkv);
   p.parts = space.take<Softmax>(heads);
   p.part_values = space.take<float>(heads * p.D);
   return space.used;
@@ -263,7 +170,7 @@ int attend(const Problem<Element>& p, void* stream) {
   if (const int status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors)) return status;
   const int64_t longer = std::min(p.B, p.T / 2), G = p.group();  // sequences with several new tokens at most
   const int64_t row_blocks = longer ? (p.T * G / kTileRows + longer) * p.Hkv : 0;
-  const int64_t items = most_chunks(p.T, p.B, p.M, p.block_size) * p.Hkv * p.units();
+  const int64_t items = most_parts(p.T, p.B, p.M, p.block_size) * p.units(1) * p.Hkv;
   const int64_t chunk_blocks = std::min<int64_t>(items, int64_t{multiprocessors} * kBlocksAtOnce);
   return launch(attend_decode<Element, Width>, dim3(static_cast<unsigned>(row_blocks + chunk_blocks)), dim3(kThreads),
                 shared_bytes<Width>(), stream, p, row_blocks);
@@ -276,16 +183,13 @@ int run(Problem<Element> p, double rope_theta, void* workspace, void* stream) {
   for (int i = 0; i < p.D / 2; ++i) inverse.of[i] = static_cast<float>(pow(rope_theta, -2.0 * i / p.D));
   // Many tokens: a block a token, so that cosines are computed once; few: a block for each of its key/value heads.
   const unsigned slices = p.T < 256 ? static_cast<unsigned>(p.Hkv) : 1;
-  int status = launch(append_decode<Element>, dim3(static_cast<unsigned>(p.T + 1), slices), dim3(kAppendThreads), 0, stream,
-                      p, inverse);
-  if (status != PM_OK) return status;
-  status = p.D <= 16   ? attend<Element, 16>(p, stream)
-           : p.D <= 32 ? attend<Element, 32>(p, stream)
-           : p.D <= 64 ? attend<Element, 64>(p, stream)
-                       : attend<Element, 128>(p, stream);
-  if (status != PM_OK) return status;
-  return launch(merge_decode<Element>, dim3(static_cast<unsigned>(p.B), static_cast<unsigned>((p.Hq + kWarps - 1) / kWarps)),
-                dim3(kThreads), 0, stream, p);
+  if (const int status = launch(append_decode<Element>, dim3(static_cast<unsigned>(p.T + 1), slices), dim3(kAppendThreads),
+                                0, stream, p, inverse))
+    return status;
+  return p.D <= 16   ? attend<Element, 16>(p, stream)
+         : p.D <= 32 ? attend<Element, 32>(p, stream)
+         : p.D <= 64 ? attend<Element, 64>(p, stream)
+                     : attend<Element, 128>(p, stream);
 }
 
 template <class Element>
@@ -298,6 +202,7 @@ Problem<Element> problem(int64_t T, int64_t B, int64_t M, int64_t Hq, int64_t Hk
   p.Hkv = static_cast<int>(Hkv);
   p.D = static_cast<int>(D);
   p.block_size = static_cast<int>(block_size);
+  p.split_parts = static_cast<int>(kSplitTokens * most_chunks(M, block_size));
   return p;
 }
 

@@ -13,34 +13,42 @@ struct InverseFrequencies {
   float of[kMostWidth / 2];
 };
 
-// One warp: work before each sequence.
+// Sums of lanes 0 .. this one.
+__device__ __forceinline__ int running_sum(int value) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(~0u, value, step);
+    if (lane >= step) value += before;
+  }
+  return value;
+}
+
+// One warp: which sequences are split, and the work before each sequence. Of those with several new tokens as many are split
+// as there is room for.
 template <class Element>
 __device__ void plan(const Problem<Element>& p) {
   const int lane = static_cast<int>(threadIdx.x);
-  int chunks_before = 0, tiles_before = 0;
+  int items_before = 0, parts_before = 0, tiles_before = 0, asked_before = 0;
   for (int base = 0; base < p.B; base += 32) {
-    const int b = base + lane;
-    int chunks = 0, tiles = 0;
+    const int b = base + lane, length = b < p.B ? p.length(b) : 0, chunks = length > 0 ? p.chunks(b) : 0;
+    const bool asks = length > 1 && length <= kSplitTokens && chunks >= kSplitChunks;
+    const int asked = asked_before + running_sum(asks ? length * chunks : 0);
+    const bool split = length == 1 || (asks && asked <= p.split_parts);
+    const int tiles = static_cast<int>((int64_t{length} * p.group() + kTileRows - 1) / kTileRows);
+    const int items_to = items_before + running_sum(split ? chunks * p.units(length) : 0);
+    const int parts_to = parts_before + running_sum(split ? chunks * length : 0);
+    const int tiles_to = tiles_before + running_sum(split ? 0 : tiles);
     if (b < p.B) {
-      const int length = p.length(b), position = p.context_lens[b];
-      if (length == 1) chunks = position / kChunk - first_seen(position, p.window) / kChunk + 1;
-      if (length > 1) tiles = static_cast<int>((int64_t{length} * p.group() + kTileRows - 1) / kTileRows);
+      p.items_to[b + 1] = items_to;
+      p.parts_to[b + 1] = parts_to;
+      p.tiles_to[b + 1] = tiles_to;
     }
-    for (int step = 1; step < 32; step *= 2) {
-      const int c = __shfl_up_sync(~0u, chunks, step), t = __shfl_up_sync(~0u, tiles, step);
-      if (lane >= step) {
-        chunks += c;
-        tiles += t;
-      }
-    }
-    if (b < p.B) {
-      p.chunks_to[b + 1] = chunks_before + chunks;
-      p.tiles_to[b + 1] = tiles_before + tiles;
-    }
-    chunks_before += __shfl_sync(~0u, chunks, 31);
-    tiles_before += __shfl_sync(~0u, tiles, 31);
+    items_before = __shfl_sync(~0u, items_to, 31);
+    parts_before = __shfl_sync(~0u, parts_to, 31);
+    tiles_before = __shfl_sync(~0u, tiles_to, 31);
+    asked_before = __shfl_sync(~0u, asked, 31);
   }
-  if (lane == 0) p.chunks_to[0] = p.tiles_to[0] = 0;
+  if (lane == 0) p.items_to[0] = p.parts_to[0] = p.tiles_to[0] = 0;
 }
 
 // NeoX rotation of elements i .. i + 3 and their partners of one head.
@@ -79,6 +87,8 @@ __global__ void __launch_bounds__(kAppendThreads) append_decode(const Problem<El
   const int quads = half / 4;  // a head's fours of pairs
   for (int kv = static_cast<int>(blockIdx.y); kv < p.Hkv; kv += static_cast<int>(gridDim.y)) {
     const int64_t cached = slot + int64_t{kv} * p.block_size * p.D;
+    const int units = p.units(1), unit = static_cast<int>(threadIdx.x);
+    if (unit < units) p.arrived[(int64_t{t} * units + unit) * p.Hkv + kv] = 0;
     for (int n = static_cast<int>(threadIdx.x); n < (group + 2) * quads; n += kAppendThreads) {
       const int head = n / quads, i = n % quads * 4;
       if (head < group) {

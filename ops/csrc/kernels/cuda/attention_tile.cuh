@@ -231,12 +231,12 @@ __device__ __forceinline__ void add_seen_values(const Rows<Element, Width>& rows
   }
 }
 
-// Whether all of the 64 values are numbers.
-template <class Element, int Width>
+// Whether all of Count elements are numbers.
+template <int Count, class Element>
 __device__ __forceinline__ bool are_numbers(const Element* values) {
   constexpr uint32_t kExponent = std::is_same_v<Element, __half> ? 0x7c00u : 0x7f80u;
   bool numbers = true;
-  for (int i = static_cast<int>(threadIdx.x % 32) * 8; i < kTile * Width; i += 32 * 8) {
+  for (int i = static_cast<int>(threadIdx.x % 32) * 8; i < Count; i += 32 * 8) {
     const uint4 words = *reinterpret_cast<const uint4*>(values + i);
     for (const uint32_t word : {words.x, words.y, words.z, words.w})
       numbers = numbers && (word & kExponent) != kExponent && (word >> 16 & kExponent) != kExponent;
