@@ -112,6 +112,18 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_EMULATI
   const bool outside = source >= (lane & ~(width - 1)) + width;  // an earlier group may be read, a later one not
   return simt::Shuffle<T>::run(mask, value, outside ? -1 : source, "__shfl_xor_sync", {file, line});
 }
+inline int __reduce_add_sync(unsigned mask, int value, CUDA_EMULATION_SITE) {
+  unsigned sum = static_cast<unsigned>(value);  // wraps around
+  for (int bits = 16; bits > 0; bits /= 2)
+    sum += simt::Shuffle<unsigned>::run(mask, sum, simt::lane() ^ bits, "__reduce_add_sync", {file, line});
+  return static_cast<int>(sum);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_EMULATION_SITE) {
+  for (int bits = 16; bits > 0; bits /= 2)
+    value =
+        std::max(value, simt::Shuffle<unsigned>::run(mask, value, simt::lane() ^ bits, "__reduce_max_sync", {file, line}));
+  return value;
+}
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_EMULATION_SITE) {
   const int lane = static_cast<int>(simt::lane()), source = lane - static_cast<int>(delta);

@@ -12,6 +12,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 struct CUstream_st;
@@ -60,7 +61,9 @@ inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? simt::multiprocessors()
            : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-                                                            : static_cast<int>(simt::kMostShared);
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? static_cast<int>(simt::kMostShared)
+               : static_cast<int>(simt::kMostShared) + 1024;  // which a processor has beside its blocks'
   return cudaSuccess;
 }
 template <typename Kernel>

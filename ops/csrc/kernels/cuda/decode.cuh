@@ -16,14 +16,32 @@
 #ifndef PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 #define PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 
+#include <algorithm>
+
 #include "tile.cuh"
 #include "vector.cuh"
 
 namespace pm::cuda {
 
 constexpr int kDecodeThreads = 32 * kQuarters;
-constexpr int kDecodeBlocks = 2;   // of a processor, at least, as far as registers go
+constexpr int kDecodeBlocks = 2;   // of a processor
 constexpr int kDecodeTokens = 32;  // the most of a product
+
+// Blocks that are on the GPU at once, each with so many bytes of dynamic shared memory, at most `most`.
+inline int decode_blocks(size_t shared_bytes, int64_t most, unsigned* blocks) {
+  constexpr size_t kBeside = 10 * 1024;  // static, and what the system takes
+  int processors, room;
+  if (int status = device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return status;
+  if (int status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &room)) return status;
+  const bool alone = kDecodeBlocks * (shared_bytes + kBeside) > static_cast<size_t>(room);
+  *blocks = static_cast<unsigned>(std::min<int64_t>(most, int64_t{processors} * (alone ? 1 : kDecodeBlocks)));
+  return PM_OK;
+}
+
+// Whole numbers i < total with i % gridDim.x == blockIdx.x.
+__device__ __forceinline__ int of_this_block(int total) {
+  return (total - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+}
 
 // Resident: the block has its tokens in shared memory; else they come through the ring.
 template <class Format, int Groups, bool Resident>
@@ -107,10 +125,10 @@ struct Stream {
     cp_async_commit();
   }
 
-  // The sums of the next segment's quarter with its first `groups` groups of tokens. resident: this lane's chunk of token
-  // `group` of the first group, at the quarter's first tile.
+  // The sums of the next segment's quarter with its first `groups` groups of tokens. resident: this lane's chunks of its
+  // token of each group, at the quarter's first tile.
   template <class Locate>
-  __device__ __forceinline__ void multiply_segment(Sums& sum, int groups, const unsigned char* resident,
+  __device__ __forceinline__ void multiply_segment(Sums& sum, int groups, const unsigned char* const (&resident)[Groups],
                                                    const Locate& locate) {
 #pragma unroll
     for (int n = 0; n < Groups; ++n)
@@ -130,9 +148,9 @@ struct Stream {
         if (n < groups) {
 #pragma unroll
           for (int plane = 0; plane < Format::kPlanes; ++plane) {
-            const unsigned char* tokens =
-                Resident ? resident + (n * kGroupTokens * Format::kPlanes + plane) * stride + i * kTokenBytes
-                         : at + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16;
+            const unsigned char* tokens = Resident
+                                              ? resident[n] + plane * stride + i * kTokenBytes
+                                              : at + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16;
             multiply<Format>(sum[n][plane], w, *reinterpret_cast<const uint4*>(tokens));
           }
         }

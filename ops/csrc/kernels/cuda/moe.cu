@@ -90,21 +90,21 @@ struct HiddenOut {
   }
 };
 
-// h = SwiGLU of w13's strip blockIdx.x of the expert hit blockIdx.y, with its tokens.
+// h = SwiGLU of w13's strips of each expert hit with its tokens. Of all these strips a block takes each gridDim.x-th.
 template <class Format, int Groups>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
-    gate_up_decode(TokenRows tokens, const unsigned char* w13, Routing routing, HiddenOut out, int T, int tiles) {
+    gate_up_decode(TokenRows tokens, const unsigned char* w13, Routing routing, HiddenOut out, int T, int tiles,
+                   int strips) {
   using Work = Stream<Format, Groups, false>;
   __shared__ Hits hits;
   find_hits(routing, T, hits);
-  const int hit = blockIdx.y;
-  if (hit >= hits.number) return;
-  const int expert = hits.expert[hit], count = hits.count[hit];
-  const int64_t strip = blockIdx.x;
-  Work work(dynamic_shared(), tiles, 1, tokens.stride);
-  const auto locate = [&](int) {
+  const int items = of_this_block(hits.number * strips);
+  Work work(dynamic_shared(), tiles, items, tokens.stride);
+  const auto locate = [&](int i) {
+    const int item = static_cast<int>(blockIdx.x + i * gridDim.x), hit = item / strips, strip = item % strips;
     typename Work::Segment segment;
-    segment.weights = w13 + ((expert * static_cast<int64_t>(gridDim.x) + strip) * tiles + work.first) * kTileBytes;
+    const int count = hits.count[hit];
+    segment.weights = w13 + ((hits.expert[hit] * static_cast<int64_t>(strips) + strip) * tiles + work.first) * kTileBytes;
 #pragma unroll
     for (int n = 0; n < Groups; ++n) {
       const int member = n * kGroupTokens + work.lane / 4;
@@ -113,20 +113,23 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     return segment;
   };
   work.start(locate);
-  if (blockIdx.x == 0 && hit == 0 && threadIdx.x == 0) count_experts(hits.count, hits.number);
-  typename Work::Sums sum;
-  const int groups = (count + kGroupTokens - 1) / kGroupTokens;
-  work.multiply_segment(sum, groups, nullptr, locate);
-  work.share(sum, groups);
+  if (blockIdx.x == 0 && threadIdx.x == 0) count_experts(hits.count, hits.number);
   const int half_row = threadIdx.x % kHalfTile;
-  const int64_t i = strip * kHalfTile + half_row;
-  for (int member = threadIdx.x / kHalfTile; member < count; member += kDecodeThreads / kHalfTile) {
-    const int token = hits.token[hit][member];
-    const float scale = Format::kFixed ? tokens.scale[token] : 1.0f;
-    const int32_t total = Format::kFixed ? tokens.total[token] : 0;
-    const float gate = out.gate(expert, i, work.total(member, half_row, scale, total));
-    const float up = out.up(expert, i, work.total(member, half_row + kHalfTile, scale, total));
-    out.store_one(routing.row(token, hits.chosen[token], expert), strip, i, swiglu(gate, up));
+  for (int i = 0; i < items; ++i) {
+    const int item = static_cast<int>(blockIdx.x + i * gridDim.x), hit = item / strips, strip = item % strips;
+    const int expert = hits.expert[hit], count = hits.count[hit], groups = (count + kGroupTokens - 1) / kGroupTokens;
+    typename Work::Sums sum;
+    work.multiply_segment(sum, groups, {}, locate);
+    work.share(sum, groups);
+    const int64_t column = strip * kHalfTile + half_row;
+    for (int member = threadIdx.x / kHalfTile; member < count; member += kDecodeThreads / kHalfTile) {
+      const int token = hits.token[hit][member];
+      const float scale = Format::kFixed ? tokens.scale[token] : 1.0f;
+      const int32_t total = Format::kFixed ? tokens.total[token] : 0;
+      const float gate = out.gate(expert, column, work.total(member, half_row, scale, total));
+      const float up = out.up(expert, column, work.total(member, half_row + kHalfTile, scale, total));
+      out.store_one(routing.row(token, hits.chosen[token], expert), strip, column, swiglu(gate, up));
+    }
   }
 }
 
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   for (int hit = 0; hit < hits.number; ++hit) {
     const int expert = hits.expert[hit], count = hits.count[hit], groups = (count + kGroupTokens - 1) / kGroupTokens;
     typename Work::Sums sum;
-    work.multiply_segment(sum, groups, nullptr, locate);
+    work.multiply_segment(sum, groups, {}, locate);
     work.share(sum, groups);
     if (n < out.N)
       for (int member = work.warp; member < count; member += kQuarters) {
@@ -249,8 +252,10 @@ struct Experts {
   int few() const {
     constexpr int kShared = Stream<Format, Groups, false>::kSharedBytes;
     const int64_t hits = of.E < of.rows() ? of.E : of.rows();
-    if (int status = launch(gate_up_decode<Format, Groups>, dim3(gate_up_strips, hits), dim3(kDecodeThreads), kShared,
-                            stream, x, static_cast<const unsigned char*>(w13), rooms.routing, hidden, of.T, h_tiles))
+    unsigned blocks;
+    if (int status = decode_blocks(kShared, gate_up_strips * hits, &blocks)) return status;
+    if (int status = launch(gate_up_decode<Format, Groups>, dim3(blocks), dim3(kDecodeThreads), kShared, stream, x,
+                            static_cast<const unsigned char*>(w13), rooms.routing, hidden, of.T, h_tiles, gate_up_strips))
       return status;
     if (int status = round_hidden()) return status;
     return launch(down_decode<Format, Groups>, dim3(down_strips), dim3(kDecodeThreads), kShared, stream, rooms.h_tokens,

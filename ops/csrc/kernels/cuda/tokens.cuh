@@ -3,8 +3,9 @@
 // DEFINITION  include/linear.h: s = max |x| / Q with Q = 32639 (two planes) or 127 (one), q = round_half_even(x * (Q / max
 //             |x|)); all below 2^-100: zeros; not finite: s is NaN. The CPU's bits: a maximum and sums of integers do not
 //             depend on their order.
-// BUDGET      (estimated, not measured) a block a row, twice through it: of 14,336 elements (h of Mixtral-8x7B) four runs of
-//             eight a thread, the second time from the cache; about two latencies of memory and 500 instructions.
+// BUDGET      (counted in machine code, not measured) twice through a row, the second time from the cache: about 7
+//             instructions an element. One of 14,336 elements (h of Mixtral-8x7B) by a block of its own is about two
+//             latencies of memory and 300 instructions a thread.
 #ifndef PADDLE_MIXTRAL_CUDA_TOKENS_CUH_
 #define PADDLE_MIXTRAL_CUDA_TOKENS_CUH_
 
@@ -20,57 +21,86 @@ struct Activations {
   const void* data;
   pm_dtype dtype;
   int64_t K;
+};
 
-  // Elements k .. k + 7 of a row, zeros beyond K. Rows of whole runs are 16-byte aligned as `data` is.
-  __device__ __forceinline__ void load(int64_t token, int64_t k, float (&v)[kRun]) const {
-    const int64_t at = token * K + k;
-    if (K % kRun == 0 && k < K) {
-      if (dtype == PM_F32) {
-        const float* from = static_cast<const float*>(data) + at;
-        const float4 a = load_four(from), b = load_four(from + 4);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-        return;
-      }
-      const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at);
-      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        v[i] = dtype == PM_BF16 ? unpack<__nv_bfloat16>(word[i / 2], i % 2) : unpack<__half>(word[i / 2], i % 2);
-      return;
+// Eight elements of a row.
+template <class Element>
+struct Eight {
+  uint32_t word[kRun * sizeof(Element) / 4];
+
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (sizeof(Element) == 4)
+      return __uint_as_float(word[i]);
+    else
+      return unpack<Element>(word[i / 2], i % 2);
+  }
+  // The larger of `bits` and of |elements|, as bits: those of 16 bits in a word's upper half.
+  __device__ __forceinline__ uint32_t largest(uint32_t bits) const {
+    for (const uint32_t two : word) {
+      if constexpr (sizeof(Element) == 2) bits = max(bits, two << 16 & 0x7fff0000u);
+      bits = max(bits, two & (sizeof(Element) == 2 ? 0x7fff0000u : 0x7fffffffu));
     }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) v[i] = k + i < K ? load_element(data, dtype, at + i) : 0.0f;
+    return bits;
+  }
+  // The value of such bits.
+  static __device__ __forceinline__ float of_bits(uint32_t bits) {
+    if constexpr (sizeof(Element) == 4)
+      return __uint_as_float(bits);
+    else
+      return unpack<Element>(bits, 1);
   }
 };
+
+// take(run, elements) of this thread's share of a row, zeros beyond K. Rows of whole runs are 16-byte aligned.
+template <class Element, class Take>
+__device__ __forceinline__ void for_each_run(const Element* row, int64_t K, int runs, const Take& take) {
+  Eight<Element> elements;
+  if (K % kRun == 0) {
+#pragma unroll 4
+    for (int run = threadIdx.x; run < runs; run += blockDim.x) {
+      const uint4* const from = reinterpret_cast<const uint4*>(row + static_cast<int64_t>(run) * kRun);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Element)) / 2; ++i) {
+        const uint4 words = run * kRun < K ? from[i] : make_uint4(0, 0, 0, 0);
+        uint32_t* const to = elements.word + 4 * i;
+        to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+      }
+      take(run, elements);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int run = threadIdx.x; run < runs; run += blockDim.x) {
+    Element of[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) of[i] = run * kRun + i < K ? row[run * kRun + i] : Element(0.0f);
+    memcpy(elements.word, of, sizeof(of));
+    take(run, elements);
+  }
+}
 
 constexpr int kBlockWarps = 16;  // of the largest block that prepares tokens
 
 // The largest and the sum over a block's threads, `Tokens` of each at once.
 template <int Tokens>
 struct TokenScratch {
-  uint32_t largest[Tokens][kBlockWarps];  // bits of |x|
+  uint32_t largest[Tokens][kBlockWarps];  // bits of |x| in float32
   int32_t total[Tokens][kBlockWarps];
 };
 
-// Rounds tokens 0 .. count - 1 (count <= Tokens) to fixed point, by the whole block; `tiles` of K. to.scale and to.total are
-// written by the first threads of the block; ends with a barrier.
-template <int Planes, int Tokens>
-__device__ void round_tokens(const Activations& x, int64_t first, int count, int tiles, TokenRows to,
-                             TokenScratch<Tokens>& scratch) {
+// round_tokens of rows of Element.
+template <int Planes, class Element, int Tokens>
+__device__ void round_rows(const Element* x, int64_t K, int count, int tiles, TokenRows to, TokenScratch<Tokens>& scratch) {
   constexpr float kLargestQ = Planes == 2 ? 32639.0f : 127.0f;
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: v added, rounded, has v's integer (halves to even) in its lower bits
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int runs = tiles * (FixedPoint<Planes>::kColumns / kRun);
+#pragma unroll 2
   for (int token = 0; token < count; ++token) {
-    uint32_t largest = 0;
-#pragma unroll 4
-    for (int run = threadIdx.x; run < runs; run += blockDim.x) {
-      float v[kRun];
-      x.load(first + token, static_cast<int64_t>(run) * kRun, v);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
-    }
-    for (int step = 16; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-    if (lane == 0) scratch.largest[token][warp] = largest;
+    uint32_t bits = 0;
+    for_each_run(x + token * K, K, runs, [&](int, const Eight<Element>& run) { bits = run.largest(bits); });
+    bits = __reduce_max_sync(~0u, __float_as_uint(Eight<Element>::of_bits(bits)));
+    if (lane == 0) scratch.largest[token][warp] = bits;
   }
   __syncthreads();
   for (int token = 0; token < count; ++token) {
@@ -81,26 +111,31 @@ __device__ void round_tokens(const Activations& x, int64_t first, int count, int
     const float inverse = nothing ? 0.0f : __fdiv_rn(kLargestQ, largest);
     if (threadIdx.x == 0)
       to.scale[token] = !usable ? __uint_as_float(0x7fc00000u) : nothing ? 0.0f : __fdiv_rn(largest, kLargestQ);
-    unsigned char* row = to.data + token * Planes * to.stride;
-    int32_t total = 0;
-#pragma unroll 4
-    for (int run = threadIdx.x; run < runs; run += blockDim.x) {
-      float v[kRun];
-      x.load(first + token, static_cast<int64_t>(run) * kRun, v);
-      uint32_t lo[2] = {0, 0}, hi[2] = {0, 0};
+    unsigned char* const row = to.data + token * Planes * to.stride;
+    int total[2] = {0, 0};  // of planes
+    for_each_run(x + token * K, K, runs, [&](int run, const Eight<Element>& elements) {
+      uint32_t plane[2][2];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const int32_t q = nothing ? 0 : __float2int_rn(__fmul_rn(v[i], inverse));
-        const int32_t upper = (q + 128) >> 8;  // 0 of 8 bits
-        total += q;
-        lo[i / 4] |= (static_cast<uint32_t>(q) & 255u) << (i % 4 * 8);
-        hi[i / 4] |= (static_cast<uint32_t>(upper) & 255u) << (i % 4 * 8);
+      for (int half = 0; half < 2; ++half) {
+        uint32_t q[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          q[i] = __float_as_uint(__fadd_rn(__fmul_rn(elements.value(4 * half + i), inverse), kWhole));
+        const auto bytes = [&](uint32_t selector, uint32_t add) {
+          const uint32_t low = __byte_perm(q[0] + add, q[1] + add, selector);
+          return nothing ? 0u : __byte_perm(low, __byte_perm(q[2] + add, q[3] + add, selector), 0x5410);
+        };
+        plane[0][half] = bytes(0x0040, 0);
+        plane[1][half] = Planes == 2 ? bytes(0x0051, 128) : 0;  // q = lo + 256 hi, lo signed
+#pragma unroll
+        for (int i = 0; i < Planes; ++i) total[i] = __dp4a(static_cast<int>(plane[i][half]), 0x01010101, total[i]);
       }
-      *reinterpret_cast<uint2*>(row + run * kRun) = make_uint2(lo[0], lo[1]);
-      if (Planes == 2) *reinterpret_cast<uint2*>(row + to.stride + run * kRun) = make_uint2(hi[0], hi[1]);
-    }
-    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-    if (lane == 0) scratch.total[token][warp] = total;
+#pragma unroll
+      for (int i = 0; i < Planes; ++i)
+        *reinterpret_cast<uint2*>(row + i * to.stride + run * kRun) = make_uint2(plane[i][0], plane[i][1]);
+    });
+    const int32_t sum = __reduce_add_sync(~0u, total[0] + 256 * total[1]);
+    if (lane == 0) scratch.total[token][warp] = sum;
   }
   __syncthreads();
   for (int token = threadIdx.x; token < count; token += blockDim.x) {
@@ -109,6 +144,23 @@ __device__ void round_tokens(const Activations& x, int64_t first, int count, int
     to.total[token] = total;
   }
   __syncthreads();
+}
+
+// Rounds tokens first .. first + count - 1 (count <= Tokens) to fixed point, by the whole block, to rows 0 .. count - 1;
+// `tiles` of K. to.scale and to.total are written by the first threads of the block; ends with a barrier.
+template <int Planes, int Tokens>
+__device__ void round_tokens(const Activations& x, int64_t first, int count, int tiles, TokenRows to,
+                             TokenScratch<Tokens>& scratch) {
+  const auto round = [&](auto of) {
+    using Element = decltype(of);
+    round_rows<Planes>(static_cast<const Element*>(x.data) + first * x.K, x.K, count, tiles, to, scratch);
+  };
+  if (x.dtype == PM_BF16)
+    round(__nv_bfloat16());
+  else if (x.dtype == PM_F16)
+    round(__half());
+  else
+    round(0.0f);
 }
 
 // Token `token` of x to row `token` of `to`, by the whole block: as Format takes it.
