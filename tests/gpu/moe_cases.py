@@ -144,6 +144,8 @@ def cases() -> list[Case]:
             for dtype in (BF16, F16):
                 check = partial(is_the_reference, size=size, dtype=dtype, kind=kind, top_k=min(2, size[3]))
                 made.append(Case("fused_moe", f"{size} {NAMES[dtype]}, {kind}", check))
+    check = partial(is_the_reference, size=(2100, 32, 16, 3), dtype=BF16, kind=Weight(16), top_k=2)
+    made.append(Case("fused_moe", "more tokens than are multiplied at a time", check))
     for top_k in (1, 3, 4, 5):
         check = partial(is_the_reference, size=(20, 48, 32, 5), dtype=BF16, kind=Weight(16), top_k=top_k)
         made.append(Case("fused_moe", f"top {top_k} of 5", check))

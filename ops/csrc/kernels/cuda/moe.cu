@@ -8,10 +8,10 @@
 // ORDER       every product as tile.cuh says; scales, SwiGLU and the sum over a token's experts, y = fma(share, w2_scale *
 //             (w2 h), y) in increasing expert index from zero, as on the CPU: with int8 weights y has the CPU's bits. With
 //             weights of 16 bits h is rounded to the activations' type.
-// BUDGET      (estimated, not measured) Mixtral-8x7B, one token, int8: 2 * 176 MB in 73 us at 4.8 TB/s. w13 is 1792 blocks
-//             of 128 KB, two on a processor at a time; w2 128 blocks of 2 * 448 KB on 132 processors.
-// WORKSPACE   with many tokens mostly h: 4 I (int8, and as much again in fixed point) or 2 I bytes and 4 H bytes a row, T *
-//             top_k rows; 0.4 GB of Mixtral-8x7B's 2,048 tokens.
+// WORKSPACE   at most 2,048 tokens at a time (kSlab), so that it is bounded: of top_k rows a token, with int8 4 I bytes of
+// h,
+//             2 I of it rounded and, where I < H, 4 H - 4 I more; with 16 bits 2 I and 4 H; and 2 H a token. Mixtral-8x7B,
+//             int8 (bfloat16): 1 token 0.2 MB (0.06), 32 5.8 MB (1.8), 512 92 MB (46), 2,048 369 MB (185), never more.
 // UNSUPPORTED E > 64, and what linear.cu refuses.
 #include "decode.cuh"
 #include "formats.cuh"
@@ -23,7 +23,8 @@
 namespace pm::cuda {
 namespace {
 
-constexpr int kHalfTile = 16;  // gate rows, then as many up rows
+constexpr int64_t kSlab = 2048;  // tokens at a time: so many, an expert's weights are read once for 512 of them
+constexpr int kHalfTile = 16;    // gate rows, then as many up rows
 constexpr int kSumThreads = 256;
 static_assert(kDecodeTokens <= 32, "find_hits has a lane for each token");
 
@@ -194,6 +195,9 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
+// Of T tokens those that are multiplied at a time: as many in each slab, but for the last.
+int64_t slab_of(int64_t T) { return T > kSlab ? equal_parts(T, equal_parts(T, kSlab)) : T; }
+
 struct Sizes {
   int64_t T, H, I, E, top_k;
   int64_t rows() const { return T * top_k; }
@@ -279,10 +283,29 @@ struct Experts {
   }
 };
 
+// The layer for of.T tokens.
+template <class Format>
+int multiply_slab(const Sizes& of, const Activations& x, const float* gate, const void* w13, const void* w2,
+                  const float* w13_scale, const float* w2_scale, float* y, void* workspace, void* stream) {
+  const Rooms<Format> rooms(workspace, of);
+  const TokenRows as_it_is{static_cast<unsigned char*>(const_cast<void*>(x.data)), of.H * 2, nullptr, nullptr};
+  const int64_t stride = Format::kFixed ? of.I : rooms.h_tokens.stride / 2;
+  const HiddenOut hidden{Format::kFixed ? w13_scale : nullptr, rooms.h, Format::kFixed ? PM_F32 : x.dtype, of.I, stride};
+  const Experts<Format> experts{
+      of, rooms, w13, w2, rooms.x.data != nullptr ? rooms.x : as_it_is, hidden, Format::kFixed ? w2_scale : nullptr,
+      y,  stream};
+  if (int status = launch(route_kernel<Format>, dim3(of.T), dim3(kRouteThreads), 0, stream, x, gate, rooms.routing,
+                          experts.h_tiles, rooms.x))
+    return status;
+  if (of.T <= kGroupTokens) return experts.template few<1>();
+  if (of.few()) return experts.template few<kDecodeTokens / kGroupTokens>();
+  return of.rows() <= kFewRuns * of.E ? experts.template many<64>() : experts.template many<128>();
+}
+
 }  // namespace
 
 int64_t fused_moe_workspace(pm_dtype w_dtype, int64_t T, int64_t H, int64_t I, int64_t E, int64_t top_k) {
-  const Sizes of{T, H, I, E, top_k};
+  const Sizes of{slab_of(T), H, I, E, top_k};
   return w_dtype == PM_I8 ? Rooms<FixedPoint<2>>(nullptr, of).all.used : Rooms<Floating<__half>>(nullptr, of).all.used;
 }
 
@@ -293,20 +316,14 @@ int fused_moe(const void* x, pm_dtype x_dtype, const float* gate, const void* w1
     return fail(PM_UNSUPPORTED, "fused_moe: %lld experts, a GPU takes at most %d", static_cast<long long>(E), kMostExperts);
   return with_format("fused_moe", x_dtype, w_dtype, activation_bits, H > I ? H : I, [&](auto format) {
     using Format = decltype(format);
-    const Sizes of{T, H, I, E, top_k};
-    const Rooms<Format> rooms(workspace, of);
-    const TokenRows as_it_is{static_cast<unsigned char*>(const_cast<void*>(x)), H * 2, nullptr, nullptr};
-    const int64_t stride = Format::kFixed ? I : rooms.h_tokens.stride / 2;
-    const HiddenOut hidden{Format::kFixed ? w13_scale : nullptr, rooms.h, Format::kFixed ? PM_F32 : x_dtype, I, stride};
-    const Experts<Format> experts{
-        of, rooms, w13, w2, rooms.x.data != nullptr ? rooms.x : as_it_is, hidden, Format::kFixed ? w2_scale : nullptr,
-        y,  stream};
-    if (int status = launch(route_kernel<Format>, dim3(T), dim3(kRouteThreads), 0, stream, Activations{x, x_dtype, H}, gate,
-                            rooms.routing, experts.h_tiles, rooms.x))
-      return status;
-    if (T <= kGroupTokens) return experts.template few<1>();
-    if (of.few()) return experts.template few<kDecodeTokens / kGroupTokens>();
-    return of.rows() <= kFewRuns * E ? experts.template many<64>() : experts.template many<128>();
+    for (int64_t begin = 0, slab = slab_of(T); begin < T; begin += slab) {
+      const Sizes of{T - begin < slab ? T - begin : slab, H, I, E, top_k};
+      const Activations tokens{static_cast<const uint16_t*>(x) + begin * H, x_dtype, H};
+      if (int status =
+              multiply_slab<Format>(of, tokens, gate, w13, w2, w13_scale, w2_scale, y + begin * H, workspace, stream))
+        return status;
+    }
+    return static_cast<int>(PM_OK);
   });
 }
 
