@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 import paddle
 
-from ops.collective import LOST, all_gather, group
+from ops.collective import LOST, PEER_LOST, all_gather, group
 from ops.library import LIBRARY
 
 HANDLE_BYTES = 64  # PM_CUDA_HANDLE_BYTES of ops/csrc/kernels/include/collective.h
@@ -59,13 +59,15 @@ def join_gpus(device: int, step_timeout_s: float = 600.0, kernels: ctypes.CDLL =
 
 
 def check_gpus() -> None:
-    """Returns at once, if no rank was missed on the GPUs, or there is no group of them; asked after a step's results.
+    """Returns at once, if all went well between the GPUs, or there is no group of them; asked after a step's results.
 
     Raises:
-        ValueError: a wait for another rank took too long: what the step computed is of no use.
+        ValueError: a wait for another rank took too long, or the ranks called different operators or sizes: what the
+            step computed is of no use.
     """
-    if _joined is not None and _joined.pm_cuda_group_status() != 0:
-        raise ValueError(LOST)
+    if _joined is None or (status := _joined.pm_cuda_group_status()) == 0:
+        return
+    raise ValueError(f"{LOST}: {_last_error(_joined)}" if status == PEER_LOST else _last_error(_joined))
 
 
 def _gather(handle: np.ndarray, world_size: int) -> np.ndarray:
@@ -75,6 +77,9 @@ def _gather(handle: np.ndarray, world_size: int) -> np.ndarray:
 
 def _check(kernels: ctypes.CDLL, status: int) -> None:
     if status != 0:
-        kernels.pm_cuda_kernels.restype = ctypes.c_void_p
-        table = _Table.from_address(kernels.pm_cuda_kernels())
-        raise ValueError(f"rank {group()[0]} cannot join its GPU to the other ranks': {table.last_error().decode()}")
+        raise ValueError(f"rank {group()[0]} cannot join its GPU to the other ranks': {_last_error(kernels)}")
+
+
+def _last_error(kernels: ctypes.CDLL) -> str:
+    kernels.pm_cuda_kernels.restype = ctypes.c_void_p
+    return _Table.from_address(kernels.pm_cuda_kernels()).last_error().decode()

@@ -1,10 +1,11 @@
-"""all_reduce and all_gather between two processes that share one GPU and map one another's memory.
+"""all_reduce and all_gather between processes that share one GPU and map one another's memory.
 
 The processes take turns on the GPU, so this shows that sums are right, not how fast they are.
 """
 
 import ctypes
 import multiprocessing
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,21 +14,23 @@ import numpy as np
 from ops import reference
 from tests.gpu.case import Case, assert_same_bits, normal
 from tests.gpu.devices import Device
+from tests.gpu.table import STATUSES
 
-WORLD, HANDLE_BYTES = 2, 64
-# Up to more than all blocks' slots hold, twice: 64 of 4096 floats.
-SHAPES = [(1, 1), (3, 4096), (5, 777), (1, 600_001)]
+WORLDS, HANDLE_BYTES = (2, 3), 64
+# The last is more than all blocks' slots hold, 64 of 16384 floats, and 3 ranks add it up in shares.
+SHAPES = [(1, 1), (3, 4096), (5, 777), (1, 1_048_581)]
 # For a process to start, and for a rank to come.
 STARTED_S, STEP_S = 120, 20.0
 
 
-def two_processes_agree(device: Device) -> None:
-    """Every rank gets the sum in rank order, to the bit, and all columns in rank order."""
+def ranks_agree(world: int, device: Device) -> None:
+    """Every rank gets the sum in rank order, to the bit, and all columns in rank order; then a call that differs is
+    noticed."""
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(WORLD)]
+    pipes = [context.Pipe() for _ in range(world)]
     ours = [pipe[0] for pipe in pipes]
     processes = [
-        context.Process(target=_rank, args=(type(device), device.path, rank, pipe[1]))
+        context.Process(target=_rank, args=(type(device), device.path, rank, world, pipe[1]))
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -39,7 +42,7 @@ def two_processes_agree(device: Device) -> None:
         found = [_received(connection) for connection in ours]
         for connection in ours:
             connection.send("leave")
-        assert found == ["right"] * WORLD, found
+        assert found == ["right"] * world, found
     finally:
         for process in processes:
             process.join(STEP_S)
@@ -52,21 +55,27 @@ def _received(connection: Connection):
     return connection.recv()
 
 
-def _rank(kind: type, path: Path, rank: int, parent: Connection) -> None:
+def _rank(kind: type, path: Path, rank: int, world: int, parent: Connection) -> None:
     device = kind(path)
     library = device.kernels.library
     handle = ctypes.create_string_buffer(HANDLE_BYTES)
-    assert library.pm_cuda_group_create(rank, WORLD, ctypes.c_double(STEP_S), handle) == 0, device.kernels.text()
+    assert library.pm_cuda_group_create(rank, world, ctypes.c_double(STEP_S), handle) == 0, device.kernels.text()
     parent.send(handle.raw)
     assert library.pm_cuda_group_open(parent.recv()) == 0, device.kernels.text()
     try:
         for index, shape in enumerate(SHAPES):
-            xs = [normal(10 * index + r, *shape) for r in range(WORLD)]
-            x, y = device.array(xs[rank]), device.empty((shape[0], WORLD * shape[1]), np.float32)
+            xs = [normal(10 * index + r, *shape) for r in range(world)]
+            x, y = device.array(xs[rank]), device.empty((shape[0], world * shape[1]), np.float32)
             device.kernels.all_gather(x.pointer, y.pointer, *shape, device.stream)
             assert_same_bits(y.numpy(), reference.all_gather(xs), f"all_gather of {shape}")
             device.kernels.all_reduce(x.pointer, x.pointer, xs[0].size, device.stream)
             assert_same_bits(x.numpy(), reference.all_reduce(xs), f"all_reduce of {shape}")
+        assert library.pm_cuda_group_status() == 0, device.kernels.text()
+        x = device.array(np.ones(2, np.float32))
+        device.kernels.all_reduce(x.pointer, x.pointer, 1 + rank % 2, device.stream)
+        x.numpy()  # it has run
+        found = STATUSES[library.pm_cuda_group_status()]
+        assert found == "PM_RANKS_DISAGREE", f"{found} where the ranks called different sizes"
         parent.send("right")
     except Exception as error:  # for the parent to tell
         parent.send(str(error))
@@ -75,5 +84,5 @@ def _rank(kind: type, path: Path, rank: int, parent: Connection) -> None:
 
 
 def cases() -> list[Case]:
-    """The one case of all_reduce and all_gather."""
-    return [Case("collective", f"{WORLD} processes on one device", two_processes_agree)]
+    """By number of ranks: from 3 on, long messages are added up in shares."""
+    return [Case("collective", f"{world} processes on one device", partial(ranks_agree, world)) for world in WORLDS]

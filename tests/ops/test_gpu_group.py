@@ -44,6 +44,16 @@ def missed(library: str) -> float:
     return 0.0
 
 
+def differ(library: str) -> float:
+    """Rank 2 adds up other numbers than the others."""
+    join_gpus(0, kernels=ctypes.CDLL(library))
+    x = np.ones(2, np.float32)
+    size = 2 if group()[0] == 2 else 1
+    Kernels(library).all_reduce(x.ctypes.data_as(ctypes.c_void_p), x.ctypes.data_as(ctypes.c_void_p), size, None)
+    check_gpus()
+    return 0.0
+
+
 def in_a_rank(function, library: str, name: str, rank: int, found) -> None:
     join_group(name, rank, WORLD, 60)
     try:
@@ -82,8 +92,17 @@ def test_the_gpus_of_all_ranks_meet(run):
 def test_a_wait_in_vain_is_told(run):
     first, second, third = run(missed)
     assert second == 0.0  # it missed nobody
-    assert first == third
-    assert str(first).startswith("another rank of this job died or did not answer in time")
+    lost = "another rank of this job died or did not answer in time; see its log (log/workerlog.*): "
+    assert first == f"{lost}rank 1 did not come to all_reduce of [1] of rank 0 within 0.1 s"
+    assert third == f"{lost}rank 1 did not come to all_reduce of [1] of rank 2 within 0.1 s"
+
+
+def test_calls_that_differ_are_told(run):
+    first, second, third = run(differ)
+    advice = "; give every rank the same command and artefact"
+    assert first == f"rank 0 called all_reduce of [1] where rank 2 called all_reduce of [2]{advice}"
+    assert second == f"rank 1 called all_reduce of [1] where rank 2 called all_reduce of [2]{advice}"
+    assert str(third).startswith("rank 2 called all_reduce of [2] where rank ")
 
 
 def test_a_gpu_that_refuses_ends_the_joining_on_every_rank(run):

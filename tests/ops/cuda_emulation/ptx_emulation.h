@@ -5,6 +5,8 @@
 #ifndef CUDA_EMULATION_PTX_EMULATION_H_
 #define CUDA_EMULATION_PTX_EMULATION_H_
 
+#include <sched.h>
+
 #include <chrono>
 
 #include "cuda_bf16.h"
@@ -157,10 +159,12 @@ inline uint4 load_streaming_16(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
-// Between processes, which are the ranks of the emulated collectives.
-inline uint32_t load_acquire_system(const uint32_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-inline void store_release_system(uint32_t* word, uint32_t v) { __atomic_store_n(word, v, __ATOMIC_RELEASE); }
+// Between processes, which are the ranks of the emulated collectives. There may be more of them than processors: whoever
+// looks at the clock waits for another.
+inline uint64_t load_acquire_system(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+inline void store_release_system(uint64_t* word, uint64_t v) { __atomic_store_n(word, v, __ATOMIC_RELEASE); }
 inline uint64_t nanoseconds() {
+  sched_yield();
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
 }
 

@@ -99,13 +99,13 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
 
 // A word that other GPUs, or the host, read and write: what was written before the store (by this thread, or by others of
 // its block before a barrier) is seen after a load that sees the stored word.
-__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* word) {
-  uint32_t v;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(v) : "l"(word) : "memory");
+__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* word) {
+  uint64_t v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];\n" : "=l"(v) : "l"(word) : "memory");
   return v;
 }
-__device__ __forceinline__ void store_release_system(uint32_t* word, uint32_t v) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;\n" ::"l"(word), "r"(v) : "memory");
+__device__ __forceinline__ void store_release_system(uint64_t* word, uint64_t v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;\n" ::"l"(word), "l"(v) : "memory");
 }
 
 // A clock that counts nanoseconds, in steps of up to a microsecond.

@@ -41,15 +41,16 @@ int pm_cpu_broadcast(void* x, int64_t bytes, void* stream);
 int pm_cpu_group_alive(void);
 
 // The same between the GPUs of one machine, which must reach each other's memory: the table's all_reduce and all_gather
-// (device.h). Sums in rank order, so the same bits on every rank; all ranks make the same calls in the same order, each on
-// one stream at a time; messages of any length.
+// (device.h). Sums in rank order, so the same bits on every rank, however long the message; all ranks make the same calls in
+// the same order, each on one stream at a time.
 //
 // pm_cuda_group_create  this process' part, of its current GPU, for world ranks (1..16): PM_CUDA_HANDLE_BYTES to `handle`,
 //                       which the caller moves to all other ranks. A wait longer than step_timeout_s (it may be infinite) is
 //                       a lost peer.
 // pm_cuda_group_open    the handles of all ranks, in rank order [world, PM_CUDA_HANDLE_BYTES]: the group is there.
-// pm_cuda_group_status  PM_OK; PM_NOT_CONNECTED; PM_PEER_LOST once a wait took too long: what that call and all later ones
-//                       wrote is of no use. It asks the host's memory alone, so after a step's results have been waited for.
+// pm_cuda_group_status  PM_OK; PM_NOT_CONNECTED; PM_PEER_LOST once a wait took too long; PM_RANKS_DISAGREE once another rank
+//                       was seen to make another call (operator or sizes): what that call and all later ones wrote is of no
+//                       use. It asks the host's memory alone, so after a step's results have been waited for.
 // pm_cuda_group_leave   waits for this GPU and gives everything back; only when all ranks are past their last call.
 // Status as device.h says, the text in the table's last_error().
 #define PM_CUDA_HANDLE_BYTES 64
