@@ -37,12 +37,23 @@ def call(function, *arguments):
     assert status == 0
 
 
-# Tokens around 8, from which tiles are used, and what they hold: 16 of two planes, 32 of one; rows and columns around a
-# tile's 32 and 64.
+# Tokens around 8, from which tiles are used, around a tile's 16 and a task's 256 (128 of two planes); rows and columns
+# around a tile's 32 and 64; so many columns of 17 tokens that a task takes several strips of weights.
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns"),
-    [(1, 32, 64), (8, 1, 1), (15, 33, 65), (16, 70, 200), (17, 31, 63), (32, 64, 129), (33, 9, 40), (100, 96, 1100)],
+    [
+        (1, 32, 64),
+        (8, 1, 1),
+        (15, 33, 65),
+        (16, 70, 200),
+        (17, 31, 63),
+        (32, 64, 129),
+        (33, 9, 40),
+        (100, 96, 1100),
+        (17, 520, 60000),
+        (300, 40, 70),
+    ],
 )
 def test_linear_is_the_reference(emulation, tokens, rows, columns, bits):
     generator = np.random.default_rng(tokens)

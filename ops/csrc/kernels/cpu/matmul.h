@@ -57,6 +57,7 @@ struct Panels {
   int64_t number() const { return equal_parts(count, widest); }
   int64_t begin(int64_t panel) const { return panel * count / number(); }
   int width(int64_t panel) const { return static_cast<int>(begin(panel + 1) - begin(panel)); }
+  int height() const { return static_cast<int>(equal_parts(count, number())); }  // the largest width
   int64_t of(int64_t token) const { return ((token + 1) * number() - 1) / count; }
 };
 
@@ -95,23 +96,29 @@ void pack_tokens(const Tokens& tokens, Row row) {
   for (int64_t t = 0; t < tokens.panels.count; ++t) tokens.pack(t, row(t));
 }
 
-// Every tile of a weight with a block of tokens, on all threads. product.tile(i, first, last, sums): tile i with the tokens
-// of panels first..last-1 to sums [tokens][kTile]; finish(i, t, sums): takes the kTile sums of tile i with token t.
+// Every tile of a weight with a block of tokens, on all threads. product.multiply(begin, end, first, last, sums): tiles
+// begin..end-1, at most task_tiles(tiles) of them, with the tokens of panels first..last-1, at most task_panels(), to sums
+// [tile][panel][height()][kTile], of kTaskSums at most; finish(i, t, sums): takes the kTile sums of tile i with token t.
 template <class Product, class Finish>
 void matmul(const Product& product, int64_t tiles, Finish finish) {
   const Panels& panels = product.tokens.panels;
-  const int64_t slices = equal_parts(panels.number(), kTaskTokens / panels.widest), tasks = tiles * slices;
+  const int64_t runs = equal_parts(tiles, product.task_tiles(tiles));
+  const int64_t slices = equal_parts(panels.number(), product.task_panels()), tasks = runs * slices;
   // Pieces long enough to stream from memory, short enough that no thread waits long for one held up elsewhere.
   const int64_t piece = 1 + tasks / (pm_num_threads() * 16);
 #pragma omp parallel for num_threads(pm_num_threads()) \
     schedule(dynamic, piece) if (tiles * kTile * product.tokens.K * panels.count > kWorthThreads)
   for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t i = task / slices, slice = task % slices;
+    const int64_t run = task / slices, slice = task % slices;
+    const int64_t begin = run * tiles / runs, end = (run + 1) * tiles / runs;
     const int64_t first = slice * panels.number() / slices, last = (slice + 1) * panels.number() / slices;
-    alignas(64) float sums[kTile * kTaskTokens];
-    product.tile(i, first, last, sums);
-    for (int64_t t = panels.begin(first); t < panels.begin(last); ++t)
-      finish(i, t, sums + (t - panels.begin(first)) * kTile);
+    alignas(64) float sums[Product::kTaskSums];
+    product.multiply(begin, end, first, last, sums);
+    const float* of_panel = sums;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t p = first; p < last; ++p, of_panel += panels.height() * kTile)
+        for (int64_t t = panels.begin(p); t < panels.begin(p + 1); ++t)
+          finish(i, t, of_panel + (t - panels.begin(p)) * kTile);
   }
 }
 

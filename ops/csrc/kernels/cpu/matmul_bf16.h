@@ -34,6 +34,12 @@ constexpr int kFmaPanel = 2, kHalvesAtOnce = 1;
 constexpr int kFmaPanel = 1, kHalvesAtOnce = 1;
 #endif
 
+// Columns k .. k + 31 of the K elements of a token, rounded, zeros beyond K.
+template <class X>
+inline void load_pairs(const X* row, int64_t k, int64_t K, bf16* columns) {
+  for (int i = 0; i < kPairColumns; i += 16) store(columns + i, k + i < K ? load_upto(row + k + i, K - k - i) : zero());
+}
+
 // A block of tokens of K columns, rounded to bfloat16, zeros beyond K up to whole tiles; the panels of a unit are laid out
 // for it:
 //   avx512_bf16 [pair][token][2 bfloat16]
@@ -57,7 +63,7 @@ struct PairTokens {
     uint8_t* to = panel(p) + (t - panels.begin(p)) * pair_bytes();
     for (int64_t k = 0; k < tiles_of(K) * kPairColumns; k += kPairColumns) {
       alignas(64) bf16 columns[kPairColumns];
-      for (int i = 0; i < kPairColumns; i += 16) store(columns + i, k + i < K ? load_upto(row + k + i, K - k - i) : zero());
+      load_pairs(row, k, K, columns);
       for (int i = 0; i < kPairColumns; i += 2, to += stride)
         if (unit) {
           memcpy(to, columns + i, 4);
@@ -168,13 +174,17 @@ struct PairProduct {
   const PairTokens& tokens;
   const uint8_t* w;
 
-  // sums [tokens of panels first..last-1][kTile]
-  void tile(int64_t i, int64_t first, int64_t last, float* sums) const {
+  static constexpr int kTaskSums = kTile * kTaskTokens;
+  int64_t task_tiles(int64_t) const { return 1; }
+  int64_t task_panels() const { return kTaskTokens / tokens.panels.widest; }
+
+  // Tile i.
+  void multiply(int64_t i, int64_t, int64_t first, int64_t last, float* sums) const {
     const int64_t tiles = PairTokens::tiles_of(tokens.K);
     const bf16* strip = reinterpret_cast<const bf16*>(w + i * tiles * kTileBytes);
     const Panels& panels = tokens.panels;
-    for (int64_t p = first; p < last; ++p)
-      dots(strip, tiles, tokens.panel(p), panels.width(p), sums + (panels.begin(p) - panels.begin(first)) * kTile);
+    for (int64_t p = first; p < last; ++p, sums += panels.height() * kTile)
+      dots(strip, tiles, tokens.panel(p), panels.width(p), sums);
   }
 
  private:

@@ -133,11 +133,15 @@ struct FloatProduct {
   FloatProduct(const FloatTokens& tokens_, const float* first, const float* second, int64_t N_)
       : tokens(tokens_), rows{first, second}, N(N_), step(kHalfTile) {}
 
-  // sums [tokens of panels first..last-1][kTile]; the places of rows the tile does not have hold zeros.
-  void tile(int64_t i, int64_t first, int64_t last, float* sums) const {
+  static constexpr int kTaskSums = kTile * kTaskTokens;
+  int64_t task_tiles(int64_t) const { return 1; }
+  int64_t task_panels() const { return kTaskTokens / kPanel; }
+
+  // Tile i; the sums of rows it does not have are zeros.
+  void multiply(int64_t i, int64_t, int64_t first, int64_t last, float* sums) const {
     const Panels& panels = tokens.panels;
-    const int64_t origin = panels.begin(first), K = tokens.K;
-    memset(sums, 0, static_cast<size_t>((panels.begin(last) - origin) * kTile) * sizeof(float));
+    const int64_t K = tokens.K, sums_of_panel = panels.height() * kTile;
+    memset(sums, 0, static_cast<size_t>((last - first) * sums_of_panel) * sizeof(float));
     const bool narrow = panels.count <= kNarrow;
     const int at_once = narrow ? 2 * kGroup : kGroup;
     for (int half = 0; half < 2; ++half) {
@@ -146,7 +150,7 @@ struct FloatProduct {
       for (int64_t r = 0; r < kHalfTile && row + r < N; r += at_once) {
         const int count = static_cast<int>(N - row - r < at_once ? N - row - r : at_once);
         for (int64_t p = first; p < last; ++p) {
-          float* to = sums + (panels.begin(p) - origin) * kTile + half * kHalfTile + r;
+          float* to = sums + (p - first) * sums_of_panel + half * kHalfTile + r;
           if (narrow)
             narrow_dots(w + r * K, count, K, tokens.panel(p), panels.width(p), to);
           else

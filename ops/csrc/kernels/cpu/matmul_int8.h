@@ -13,7 +13,7 @@
 #define PADDLE_MIXTRAL_MATMUL_INT8_H_
 
 #include "matmul.h"
-#include "tiles.h"
+#include "matmul_tiles.h"
 
 namespace pm {
 namespace PM_ISA {
@@ -26,10 +26,9 @@ constexpr float kLargestQ[] = {0.0f, 127.0f, 32639.0f};  // by planes; 32639 = 1
 constexpr float kSmallestToken = 0x1p-100f;              // 32639 / it is finite
 
 constexpr int kTileUnitWorth = 8;  // tokens: a tile of one row costs the unit as much as one of sixteen
-static_assert(kTileUnitWorth >= 2, "amx_dots halves a panel");
 
 // Tokens of a panel: as many as the sums of a tile with them fit into registers, together with what they are made of.
-constexpr int kTilePanel = 32, kVnniPanel = 12;  // of planes of tokens
+constexpr int kVnniPanel = 12;  // planes of tokens
 #if defined(__AVX512F__)
 constexpr int kMaddPanel = 6;
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -41,7 +40,7 @@ constexpr int kMaddPanel = 1;
 // A block of tokens of K columns as integers, zeros beyond K up to whole tiles; the panels of a unit are laid out for it:
 //   vnni        [quad][token][plane][4 bytes]
 //   madd        [quad][token][4 int16]
-//   amx         [tile][plane][token][64 bytes]
+//   amx         TokenTiles: a token tile for each plane of a panel
 struct FixedTokens {
   int8_t* data;
   float* scale;    // [count] s, NaN for a token that is not finite
@@ -55,6 +54,9 @@ struct FixedTokens {
   static int64_t largest_bytes(int64_t K) { return tiles_of(K) * kTileColumns * 2; }  // of a token
 
   int8_t* panel(int64_t p) const { return data + panels.begin(p) * tiles_of(K) * kTileColumns * element_bytes(); }
+#if defined(__AVX512F__)
+  TokenTiles token_tiles() const { return {reinterpret_cast<uint8_t*>(data), panels.height(), tiles_of(K)}; }
+#endif
 
   // row: the K elements of token t.
   template <class X>
@@ -85,11 +87,13 @@ struct FixedTokens {
       alignas(64) int8_t bytes[2][kTileColumns];
       alignas(64) int16_t whole[kTileColumns];
       switch (unit) {
+#if defined(__AVX512F__)
         case Isa::amx:
           split(q, bytes[0], bytes[1]);
           for (int plane = 0; plane < planes; ++plane)
-            memcpy(to + ((tile * planes + plane) * width + lane) * kTileColumns, bytes[plane], kTileColumns);
+            memcpy(token_tiles().at(p * planes + plane, tile) + lane * kTileRowBytes, bytes[plane], kTileRowBytes);
           break;
+#endif
         case Isa::avx512_vnni:
           split(q, bytes[0], bytes[1]);
           for (int quad = 0; quad < kQuads; ++quad)
@@ -106,7 +110,7 @@ struct FixedTokens {
   }
 
  private:
-  int64_t element_bytes() const { return unit == Isa::amx || unit == Isa::avx512_vnni ? planes : 2; }
+  int64_t element_bytes() const { return unit == Isa::avx512_vnni ? planes : 2; }
   static void split(const int32_t* q, int8_t* lo, int8_t* hi) {
     for (int i = 0; i < kTileColumns; ++i) {
       const int32_t h = (q[i] + 128) >> 8;
@@ -123,12 +127,26 @@ struct FixedScratch {
   Scratch<int64_t> total;
   int planes;
   FixedScratch(int64_t count, int64_t K, int activation_bits)
-      : data(count * FixedTokens::largest_bytes(K)), scale(count), total(count), planes(activation_bits / 8) {}
+      : data(places(count) * FixedTokens::largest_bytes(K)), scale(count), total(count), planes(activation_bits / 8) {}
   bool failed() const { return !data.data || !scale.data || !total.data; }
   FixedTokens block(int64_t count, int64_t K) const {
-    const Isa unit = isa() == Isa::amx && count < kTileUnitWorth ? Isa::avx512_vnni : isa();
-    const int widest = unit == Isa::amx ? kTilePanel / planes : unit == Isa::avx512_vnni ? kVnniPanel / planes : kMaddPanel;
-    return {data.data, scale.data, total.data, {count, widest}, K, unit, planes};
+    const Isa unit = unit_for(count);
+    return {data.data, scale.data, total.data, {count, widest(unit)}, K, unit, planes};
+  }
+
+ private:
+  static Isa unit_for(int64_t count) { return isa() == Isa::amx && count < kTileUnitWorth ? Isa::avx512_vnni : isa(); }
+  static int64_t places(int64_t count) {
+#if defined(__AVX512F__)
+    if (unit_for(count) == Isa::amx) return token_places(count);
+#endif
+    return count;
+  }
+  int widest(Isa unit) const {
+#if defined(__AVX512F__)
+    if (unit == Isa::amx) return kTokenTile;
+#endif
+    return unit == Isa::avx512_vnni ? kVnniPanel / planes : kMaddPanel;
   }
 };
 
@@ -187,40 +205,17 @@ __attribute__((noinline)) void vnni_dots(const uint8_t* w, int64_t tiles, const 
   }
 }
 
-// The same for up to kTilePanel / planes tokens, two at least.
-PM_TILES_TARGET void amx_dots(int planes, const uint8_t* w, int64_t tiles, const int8_t* panel, int width,
-                              const float* scale, const int64_t* total, float* sums) {
-  // 4: the first plane of all tokens, and 5: the second; or, of one plane, the two halves of the tokens. 6, 7: the weights'
-  // halves. 0, 1: their sums with 4; 2, 3: with 5. The intrinsics take literals only.
-  const int upper = planes == 2 ? width : width / 2, lower = planes * width - upper;
-  configure_tiles(lower, upper);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t tile = 0; tile < tiles; ++tile, w += kTileBytes, panel += (lower + upper) * kTileColumns) {
-    _tile_loadd(6, w, kQuadBytes);
-    _tile_loadd(7, w + kQuadBytes / 2, kQuadBytes);
-    _tile_loadd(4, panel, 64);
-    _tile_loadd(5, panel + lower * kTileColumns, 64);
+// Signed bytes of tokens by unsigned bytes of weights.
+struct ByteProducts {
+  PM_TILES_TARGET static void first() {
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
+  }
+  PM_TILES_TARGET static void second() {
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
   }
-  alignas(64) int32_t found[2][kTilePanel * kHalfTile];  // of the weights' halves: [plane][token][row]
-  _tile_stored(0, found[0], 64);
-  _tile_stored(1, found[1], 64);
-  _tile_stored(2, found[0] + lower * kHalfTile, 64);
-  _tile_stored(3, found[1] + lower * kHalfTile, 64);
-  _tile_release();
-  for (int c = 0; c < width; ++c)
-    for (int half = 0; half < 2; ++half) {
-      const int32_t* lo = found[half] + c * kHalfTile;
-      const __m512i hi = planes == 1 ? _mm512_setzero_si512() : _mm512_load_si512(lo + width * kHalfTile);
-      finish_sums(_mm512_load_si512(lo), hi, total[c], scale[c], sums + c * kTile + half * kHalfTile);
-    }
-}
+};
 
 #endif
 
@@ -321,22 +316,55 @@ struct FixedProduct {
   const FixedTokens& tokens;
   const uint8_t* w;
 
-  // sums [tokens of panels first..last-1][kTile]
-  void tile(int64_t i, int64_t first, int64_t last, float* sums) const {
+#if defined(__AVX512F__)
+  static constexpr int kTaskSums = kTileTaskSums;
+  int64_t task_tiles(int64_t tiles) const {
+    return on_tiles() ? strips_of_task(tiles, tokens.token_tiles(), tokens.panels.number() * tokens.planes) : 1;
+  }
+  int64_t task_panels() const { return on_tiles() ? kTaskTokenTiles / tokens.planes : kTaskTokens / tokens.panels.widest; }
+#else
+  static constexpr int kTaskSums = kTile * kTaskTokens;
+  int64_t task_tiles(int64_t) const { return 1; }
+  int64_t task_panels() const { return kTaskTokens / tokens.panels.widest; }
+#endif
+
+  void multiply(int64_t begin, [[maybe_unused]] int64_t end, int64_t first, int64_t last, float* sums) const {
     const int64_t tiles = FixedTokens::tiles_of(tokens.K);
-    const uint8_t* row = w + i * tiles * kTileBytes;
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t t = tokens.panels.begin(p);
-      float* to = sums + (t - tokens.panels.begin(first)) * kTile;
-      dots(row, tiles, tokens.panel(p), tokens.panels.width(p), tokens.scale + t, tokens.total + t, to);
+    const uint8_t* from = w + begin * tiles * kTileBytes;
+#if defined(__AVX512F__)
+    if (on_tiles()) return multiply_on_tiles(from, end - begin, first, last, sums);
+#endif
+    const Panels& panels = tokens.panels;
+    for (int64_t p = first; p < last; ++p, sums += panels.height() * kTile) {
+      const int64_t t = panels.begin(p);
+      dots(from, tiles, tokens.panel(p), panels.width(p), tokens.scale + t, tokens.total + t, sums);
     }
   }
 
  private:
+#if defined(__AVX512F__)
+  bool on_tiles() const { return tokens.unit == Isa::amx; }
+
+  void multiply_on_tiles(const uint8_t* from, int64_t strips, int64_t first, int64_t last, float* sums) const {
+    const TokenTiles tiles = tokens.token_tiles();
+    multiply_tiles<ByteProducts>(tiles, first * tokens.planes, last * tokens.planes, from, strips, sums);
+    // The integers become sums of the product in place: none is written where a later one is read.
+    const float* integers = sums;
+    const int plane = tiles.height * kTile;
+    for (int64_t strip = 0; strip < strips; ++strip)
+      for (int64_t p = first; p < last; ++p, integers += tokens.planes * plane, sums += plane)
+        for (int c = 0; c < tokens.panels.width(p) * 2; ++c) {
+          const int64_t t = tokens.panels.begin(p) + c / 2;
+          const float* lo = integers + c * kHalfTile;
+          const __m512i hi = tokens.planes == 1 ? _mm512_setzero_si512() : _mm512_load_si512(lo + plane);
+          finish_sums(_mm512_load_si512(lo), hi, tokens.total[t], tokens.scale[t], sums + c * kHalfTile);
+        }
+  }
+#endif
+
   void dots(const uint8_t* row, int64_t tiles, const int8_t* panel, int width, const float* scale, const int64_t* total,
             float* sums) const {
 #if defined(__AVX512F__)
-    if (tokens.unit == Isa::amx) return amx_dots(tokens.planes, row, tiles, panel, width, scale, total, sums);
     if (tokens.unit == Isa::avx512_vnni)
       return tokens.planes == 1
                  ? of_width<kVnniPanel>(width, [&](auto C) { vnni_dots<1, C>(row, tiles, panel, scale, total, sums); })

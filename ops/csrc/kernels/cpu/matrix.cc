@@ -59,7 +59,7 @@ void run_avx512_vnni(int64_t rounds, State& state) {
 }
 
 PM_TILES_TARGET void load_tiles(const State& state) {
-  configure_tiles(16, 16);
+  configure_tiles(16);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -5,23 +5,24 @@
 #include "dispatch.h"
 
 #if defined(__AVX512F__)
-#define PM_TILES_TARGET __attribute__((target("amx-tile,amx-int8")))
+#define PM_TILES_TARGET __attribute__((target("amx-tile,amx-int8,amx-bf16")))
 
 namespace pm {
 namespace PM_ISA {
 namespace {
 
-// Tiles 0, 1 and 4 of `first` rows, 2, 3 and 5 of `second`, 6 and 7 of sixteen; every row is 64 bytes. This thread's until
-// _tile_release().
-PM_TILES_TARGET inline void configure_tiles(int first, int second) {
+constexpr int kTileRowBytes = 64;
+
+// Tiles 0 to 5 of so many rows, 6 and 7 of sixteen; every row is 64 bytes. This thread's until _tile_release().
+PM_TILES_TARGET inline void configure_tiles(int rows) {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
   for (int i = 0; i < 8; ++i) {
-    config.row_bytes[i] = 64;
-    config.rows[i] = static_cast<uint8_t>(i >= 6 ? 16 : i == 0 || i == 1 || i == 4 ? first : second);
+    config.row_bytes[i] = kTileRowBytes;
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
   }
   // gcc 12 tells the optimiser of 8 of the 64 bytes only.
   asm volatile("" : : "r"(&config) : "memory");
