@@ -5,6 +5,7 @@ results are NumPy arrays; bfloat16 tensors come in as the float32 they stand for
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -114,6 +115,21 @@ def linear_bf16(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     for k in range(0, x.shape[1], 2):
         for column in (k + 1, k):
             total = _fused_multiply_add(x[:, column, None], weight[:, column], total)
+    return total
+
+
+def linear_bf16_tiles(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """:func:`linear_bf16` in the order of the AMX tile unit, whose bits are its own."""
+    padding = ((0, 0), (0, -x.shape[1] % 32))
+    x, weight = (_without_denormals(np.pad(a, padding)) for a in (x, weight))
+    total = np.zeros((len(x), len(weight)), np.float32)
+    for tile in range(0, x.shape[1], 32):
+        even, odd = np.zeros_like(total), np.zeros_like(total)
+        for k in range(tile, tile + 32, 2):
+            even = _fused_multiply_add(x[:, k, None], weight[:, k], even)
+            odd = _fused_multiply_add(x[:, k + 1, None], weight[:, k + 1], odd)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = _without_denormals(total + _without_denormals(even + odd))
     return total
 
 
@@ -235,17 +251,17 @@ def fused_moe(
     w13_scale: np.ndarray | None = None,
     w2_scale: np.ndarray | None = None,
     activation_bits: int = 16,
-    bfloat16: bool = False,
+    bf16_product: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """ops.moe.fused_moe: x [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> [T, H]; none of them packed.
 
-    ``bfloat16``: of that type are x, w13 and w2, with their values as float32.
+    ``bf16_product``: linear_bf16 or linear_bf16_tiles, if x, w13 and w2 are bfloat16, their values as float32.
     """
 
     def product(x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None, e: int) -> np.ndarray:
         if scale is not None:
             return weight_only_linear(x, weight[e], scale[e], activation_bits)
-        return linear_bf16(round_bf16(x), weight[e]) if bfloat16 else linear(x, weight[e])
+        return bf16_product(round_bf16(x), weight[e]) if bf16_product else linear(x, weight[e])
 
     share = route(x, gate, top_k)
     y = np.zeros_like(x)

@@ -11,7 +11,8 @@
 
 namespace pm {
 enum class Isa { unknown, baseline, avx2, avx512, avx512_vnni, amx };
-bool has_bf16_unit();  // vdpbf16ps, and the variant in use is avx512_vnni or amx: one named avx512 has multiply-adds alone
+bool has_bf16_tiles();  // tdpbf16ps, and the variant in use is amx
+bool has_bf16_unit();   // vdpbf16ps, and the variant in use is avx512_vnni or amx: one named avx512 has multiply-adds alone
 Isa isa();  // the variant in use; the baseline where PADDLE_MIXTRAL_ISA could not be obeyed (loading refuses that first)
 }  // namespace pm
 

@@ -2,6 +2,7 @@
 #include "../include/linear.h"
 
 #include "matmul_bf16.h"
+#include "matmul_bf16_tiles.h"
 #include "matmul_float.h"
 #include "matmul_int8.h"
 
@@ -42,6 +43,10 @@ int linear_typed(const X* x, const void* w, pm_dtype w_dtype, const float* scale
       return run(FixedScratch(largest, K, activation_bits),
                  [&](const FixedTokens& tokens) { return FixedProduct{tokens, packed}; });
     case PM_BF16:
+#if defined(__AVX512F__)
+      if (has_bf16_tiles())
+        return run(TileScratch(largest, K), [&](const TileTokens& tokens) { return TileProduct{tokens, packed}; });
+#endif
       return run(PairScratch(largest, K), [&](const PairTokens& tokens) { return PairProduct{tokens, packed}; });
     default:
       return run(FloatScratch(largest, K),

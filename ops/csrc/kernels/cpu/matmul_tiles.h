@@ -43,8 +43,11 @@ struct TokenTiles {
   int64_t tile_bytes() const { return columns * column_bytes(); }
   uint8_t* at(int64_t tile, int64_t column) const { return data + tile * tile_bytes() + column * column_bytes(); }
 };
-// What room `count` tokens need, in tokens.
-inline int64_t token_places(int64_t count) { return equal_parts(count, kTokenTile) * kTokenTile; }
+// What room `count` tokens need, in tokens; fewer never need more.
+inline int64_t token_places(int64_t count) {
+  const Panels tiles{count, kTokenTile};
+  return tiles.number() * tiles.height();
+}
 
 // Strips of a task, of `strips` in all, with `number` token tiles.
 inline int64_t strips_of_task(int64_t strips, const TokenTiles& tokens, int64_t number) {

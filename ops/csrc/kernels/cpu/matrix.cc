@@ -76,7 +76,7 @@ PM_TILES_TARGET void store_tiles(State& state) {
   _tile_release();
 }
 
-__attribute__((target("amx-tile,amx-bf16"))) void run_amx_bf16(int64_t rounds, State& state) {
+PM_TILES_TARGET void run_amx_bf16(int64_t rounds, State& state) {
   load_tiles(state);
   for (int64_t round = 0; round < rounds; ++round) {
     _tile_dpbf16ps(0, 4, 6);
@@ -153,7 +153,6 @@ PM_EXPORT(run_matrix_unit, (int unit, int64_t rounds, int64_t* operations, void*
 
 #ifdef PM_ISA_IS_BASELINE
 extern "C" int pm_cpu_has_matrix_unit(int unit) {
-  __builtin_cpu_init();
   const pm::Isa isa = pm::isa();
   switch (unit) {
     case PM_UNIT_FLOAT32:
@@ -163,7 +162,7 @@ extern "C" int pm_cpu_has_matrix_unit(int unit) {
     case PM_UNIT_AVX512_VNNI:
       return isa >= pm::Isa::avx512_vnni;
     case PM_UNIT_AMX_BF16:
-      return isa == pm::Isa::amx && __builtin_cpu_supports("amx-bf16");
+      return pm::has_bf16_tiles();
     case PM_UNIT_AMX_INT8:
       return isa == pm::Isa::amx;
     default:

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "matmul_bf16.h"
+#include "matmul_bf16_tiles.h"
 #include "matmul_float.h"
 #include "matmul_int8.h"
 
@@ -91,10 +92,11 @@ struct PackedExperts {
     return {h, w2 + e * equal_parts(H, kTile) * Tokens::tiles_of(I) * kTileBytes};
   }
 };
-struct PairExperts : PackedExperts<PairProduct> {
+template <class Product, class Scratch>
+struct Bf16Experts : PackedExperts<Product> {
   using Hidden = bf16;
-  using PackedExperts::PackedExperts;
-  PairScratch scratch(int64_t count, int64_t K) const { return {count, K}; }
+  using PackedExperts<Product>::PackedExperts;
+  Scratch scratch(int64_t count, int64_t K) const { return {count, K}; }
 };
 struct FixedExperts : PackedExperts<FixedProduct> {
   using Hidden = float;
@@ -171,7 +173,10 @@ int fused_moe_typed(const X* x, const float* gate, const void* w13, const void* 
     case PM_I8:
       return run(FixedExperts(w13, w2, H, I, activation_bits));
     case PM_BF16:
-      return run(PairExperts(w13, w2, H, I));
+#if defined(__AVX512F__)
+      if (has_bf16_tiles()) return run(Bf16Experts<TileProduct, TileScratch>(w13, w2, H, I));
+#endif
+      return run(Bf16Experts<PairProduct, PairScratch>(w13, w2, H, I));
     default:
       return run(FloatExperts{static_cast<const float*>(w13), static_cast<const float*>(w2), H, I});
   }

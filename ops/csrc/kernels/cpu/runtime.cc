@@ -63,6 +63,10 @@ Isa isa() {
   static const Isa chosen = choose_isa();
   return chosen;
 }
+bool has_bf16_tiles() {
+  static const bool has = isa() == Isa::amx && __builtin_cpu_supports("amx-bf16");
+  return has;
+}
 bool has_bf16_unit() {
   static const bool has = isa() >= Isa::avx512_vnni && __builtin_cpu_supports("avx512bf16");
   return has;

@@ -12,8 +12,9 @@
 //             w[n, k]) * s[t] * scale[n], the sum exact. A token whose elements are all below 2^-100 counts as zeros; one
 //             that is not finite gives NaN.
 // ORDER       PM_F32: sixteen partial sums, k mod 16, in increasing k with fused multiply-add, then the fixed tree of vec.h.
-//             PM_BF16: one sum by fused multiply-add over k = 1, 0, 3, 2, 5, 4, ...
-//             y[t, n] never depends on T, N, the number of threads or the instruction set.
+//             PM_BF16: one sum by fused multiply-add over k = 1, 0, 3, 2, 5, 4, ...; on the tile unit (amx_bf16) of every
+//             32 columns two sums by fused multiply-add, of the even k and the odd, which are added and then added to y.
+//             y[t, n] never depends on T, N, the number of threads or, but for that unit, the instruction set.
 // REGULARITIES T = 1..64 in decode, up to thousands in prefill; K and N usually multiples of 64, every size works
 // EXAMPLE     Mixtral-8x7B: qkv N=6144 K=4096, o N=4096 K=4096, lm_head N=32000 K=4096
 

@@ -13,7 +13,8 @@
 //             expert index, of p_e * (w2_scale * (w2 h))
 //             What enters a product with w13 or w2, x or h, is first rounded as linear.h says: to bfloat16 with PM_BF16
 //             weights, to fixed point of activation_bits with PM_I8.
-// ORDER       every product as linear.h says; y[t] never depends on the other tokens, threads or instruction set.
+// ORDER       every product as linear.h says; y[t] never depends on the other tokens or threads, nor on the instruction set
+//             where linear.h's sums do not.
 // SOURCE      Jiang et al., Mixtral of Experts, arXiv:2401.04088
 // REGULARITIES T = 1..64 in decode, thousands in prefill; E = 8, top_k = 2; experts unevenly loaded, some not at all
 // EXAMPLE     Mixtral-8x7B: H = 4096, I = 14336; 8x22B: H = 6144, I = 16384; under tensor parallelism I is the rank's share
