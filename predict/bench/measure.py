@@ -181,7 +181,7 @@ class Bench:
         return _Step(
             seconds,
             counted,
-            counted.busiest_tokens / (counted.moe_calls * choices),
+            counted.busiest_tokens / (self.plan.config.num_hidden_layers * choices),
             self.traffic.step_bytes(counted.experts_hit, [context + new for context, new in spans]),
             self.traffic.step_operations(spans, rows),
         )
