@@ -8,7 +8,7 @@ import numpy as np
 
 from predict.engine.request import SamplingParams, Sequence
 
-POSITION, FORCED_TOKEN = 1, 3  # columns of sampling_ints
+POSITION, FORCED_TOKEN, TOP_LOGPROBS = 1, 3, 5  # columns of sampling_ints
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class StepBatch:
     def arrays(self) -> list[np.ndarray]:
         """The inputs in the order of the step's arguments."""
         return [getattr(self, name) for name in INPUT_NAMES]
+
+    @property
+    def wants_top_logprobs(self) -> bool:
+        """Whether any row does."""
+        return bool(self.sampling_ints[:, TOP_LOGPROBS].any())
 
 
 # Rank and element type of every input, in the order of the step's arguments; every size is free.
