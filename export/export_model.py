@@ -13,12 +13,12 @@ from pathlib import Path
 
 from export.program import save_program
 from ops import library
-from predict.arguments import PREDICTION_FLAGS, check_device, parser
+from predict.arguments import PREDICTION_FLAGS, parser
 from predict.artifact import MANIFEST, PROGRAM, Artifact, refuse_artifact, write_manifest
 from predict.command import run_command
 from predict.llm import DEFAULT_BLOCK_SIZE
 from predict.model.config import ConfigError, positive
-from predict.model.source import find_model
+from predict.model.source import ModelSource, find_model
 from predict.model.weights import load
 from predict.parallel import Ranks, alone, barrier
 from predict.weights_file import write_weights
@@ -54,7 +54,7 @@ def export_model(
     positive("block_size", block_size)
     refuse_artifact(model)
     source = find_model(model, num_hidden_layers)
-    dtype = dtype or source.default_dtype()
+    dtype = dtype or _own_dtype(source)
     weights = source.weights()
     if first:
         _check_output(folder)
@@ -80,6 +80,16 @@ def export_model(
         write_manifest(folder, source.config, dtype, quant_type, ranks.world_size, block_size)
     barrier()
     return Artifact.open(folder)
+
+
+def _own_dtype(source: ModelSource) -> str:
+    """The checkpoint's; but an export that not every device runs is asked for by name."""
+    if source.config.dtype == "float16":
+        raise ConfigError(
+            f"{source.name}: the checkpoint is float16, which runs on GPUs only; use --dtype float16 for them, or "
+            "--dtype bfloat16 or float32"
+        )
+    return source.config.dtype
 
 
 def _check_output(folder: Path) -> None:
@@ -112,7 +122,6 @@ def export(args: argparse.Namespace, ranks: Ranks) -> None:
     """Runs the exporter on this rank."""
     if args.device == "gpu":
         raise ValueError("--device gpu: an export is the same for every device; leave --device out")
-    check_device(args)
     for flag in PREDICTION_FLAGS:
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag} is for predicting, an export does not depend on it; give it to predictor.py")

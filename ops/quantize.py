@@ -8,7 +8,7 @@ import paddle
 from ops.library import LIBRARY, run
 
 # The names of the packed layouts: ops/csrc/kernels/include/quantize.h
-INT8_LAYOUT, BF16_LAYOUT = "tile32x64", "tile32x32"
+INT8_LAYOUT, SIXTEEN_BIT_LAYOUT = "tile32x64", "tile32x32"
 INT8_ZERO = 128  # what stands for 0 in packed int8, and wherever no weight is
 _TILE_ROWS = 32
 _TILE_COLUMNS = {"int8": 64, "bfloat16": 32, "float16": 32}

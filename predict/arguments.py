@@ -7,6 +7,7 @@ from pathlib import Path
 from ops import RUNTIME_VARIABLE
 from ops.device import gpu_place
 from predict.engine.request import SamplingParams
+from predict.model.config import why_not_on
 from predict.model.mixtral import QUANT_TYPES
 from predict.model.weights import DEMO
 
@@ -109,7 +110,11 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     """Adds the flags that say how a model is run, whatever it is run for."""
-    model.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="default: the checkpoint's own")
+    model.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="float16 runs on GPUs only, float32 on CPUs only; default: the checkpoint's own",
+    )
     model.add_argument(
         "--quant_type",
         type=_quant_type,
@@ -122,7 +127,7 @@ def add_model_flags(model: argparse._ArgumentGroup, default_mode: str) -> None:
     model.add_argument(
         "--device",
         choices=["cpu", "gpu"],
-        help="gpu: an NVIDIA GPU, with bfloat16 (or the device of a CustomDevice runtime in the folder "
+        help="gpu: an NVIDIA GPU, with bfloat16 or float16 (or the device of a CustomDevice runtime in the folder "
         f"{RUNTIME_VARIABLE} names, as in tests); default: cpu",
     )
     model.add_argument("--threads", type=count, metavar="N", help="threads of each rank; default: processors / ranks")
@@ -149,15 +154,15 @@ def check_device(args: argparse.Namespace) -> None:
     """Refuses what no device here can do, before the model is opened.
 
     Raises:
-        ValueError: --device gpu where there is none or nothing to drive it, or float16.
+        ValueError: --device gpu where there is none or nothing to drive it, or a --dtype that the device does not take.
     """
     if args.device == "gpu":
         try:
             gpu_place()
         except ValueError as error:
             raise ValueError(f"--device gpu: {error}") from error
-    if args.dtype == "float16":
-        raise ValueError("--dtype float16: this version runs in bfloat16 or float32; use one of them")
+    if args.dtype is not None and (reason := why_not_on(args.device or "cpu", args.dtype)):
+        raise ValueError(f"--dtype {reason}")
 
 
 def check_benchmark(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import paddle
 
 from ops.library import ABI_VERSION
-from ops.quantize import BF16_LAYOUT, INT8_LAYOUT
-from predict.model.config import ConfigError, MixtralConfig, positive, read_json
+from ops.quantize import INT8_LAYOUT, SIXTEEN_BIT_LAYOUT
+from predict.model.config import DTYPES, ConfigError, MixtralConfig, positive, read_json, why_not_on
 from predict.model.mixtral import QUANT_TYPES
 from predict.progress import progress
 
@@ -34,7 +34,7 @@ def weight_layout(dtype: str | None, quant_type: str | None) -> str:
     """How the matrices of an exported model lie in its files and in memory: as the kernels multiply with them."""
     if quant_type is not None:
         return INT8_LAYOUT
-    return BF16_LAYOUT if dtype == "bfloat16" else "row_major"
+    return "row_major" if dtype == "float32" else SIXTEEN_BIT_LAYOUT
 
 
 def refuse_artifact(model: str | Path) -> None:
@@ -112,7 +112,7 @@ class Artifact:
     @staticmethod
     def _from_manifest(folder: Path, manifest: dict[str, Any]) -> "Artifact":
         """The manifest's values, checked one by one: whatever fails is a damaged manifest."""
-        for key, allowed in {"dtype": ("bfloat16", "float32"), "quant_type": (None, *QUANT_TYPES)}.items():
+        for key, allowed in {"dtype": DTYPES, "quant_type": (None, *QUANT_TYPES)}.items():
             if manifest[key] not in allowed:
                 raise ConfigError(f"{key} is {manifest[key]!r}, needs one of {allowed}")
         files = {
@@ -142,8 +142,16 @@ class Artifact:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ArtifactError(f"{path}: {found}, the manifest says {entry['bytes']}; copy or export it again")
 
-    def require(self, dtype: str | None, quant_type: str | None, world_size: int, block_size: int | None) -> None:
-        """Refuses an artefact that is not what was asked for; None asks for nothing: a flag left out.
+    def require(
+        self,
+        dtype: str | None,
+        quant_type: str | None,
+        world_size: int,
+        block_size: int | None,
+        device: str = "cpu",
+    ) -> None:
+        """Refuses an artefact that is not what was asked for (None asks for nothing: a flag left out), or that "cpu" or
+        "gpu", whichever ``device`` is, cannot run.
 
         Raises:
             ArtifactError: says what the artefact is, what was asked, and what to do.
@@ -166,6 +174,8 @@ class Artifact:
                 f"{self.folder}: exported for {self.world_size} ranks, running on {world_size}; start it with {start}, "
                 f"or export it again on {world_size}"
             )
+        if reason := why_not_on(device, self.dtype, "export it again with"):
+            raise ArtifactError(f"{self.folder}: the export {reason}")
 
     def verify(self, show: bool = True) -> None:
         """Hashes every file.

@@ -37,7 +37,8 @@ class LLM:
     Args:
         model: checkpoint folder, exported folder, "dummy:CONFIG", or the name of a remote model.
         mode: "dynamic" or "static"; by default what the folder is.
-        dtype: "bfloat16" or "float32"; by default the checkpoint's own, or what was exported.
+        dtype: "bfloat16", "float32" (on the CPU) or "float16" (on a GPU); by default the checkpoint's own, or what was
+            exported.
         quant_type: "weight_only_int8", "a8w8" (the same weights, activations in 8 bits: faster, less exact) or None.
         max_num_seqs: sequences that run together at the most; the others wait.
         max_num_batched_tokens: new tokens a step computes at the most.
@@ -50,7 +51,7 @@ class LLM:
         chat_template: see predict.model.chat.load_chat_template; by default the checkpoint's own.
         verify: hash the files of an exported folder before using them.
         num_hidden_layers: layers of a dummy model.
-        device: "cpu" or "gpu", which takes bfloat16; ranks share the GPUs out among themselves.
+        device: "cpu" or "gpu"; ranks share the GPUs out among themselves.
         ranks: this process among the ranks of a job (predict.parallel.join()); by default it is alone. Every rank makes
             the same calls, or all but the first are in predict.followers.follow.
 
@@ -99,7 +100,8 @@ class LLM:
         static = Artifact.is_artifact(model) if mode is None else mode == "static"
         if static:
             self._open_artifact(
-                Artifact.open(model), dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers
+                *(Artifact.open(model), dtype, quant_type, block_size, device),
+                *(verify, total_max_length, num_hidden_layers),
             )
         else:
             if verify:
@@ -108,7 +110,7 @@ class LLM:
                 )
             refuse_artifact(model)
             source = find_model(model, num_hidden_layers)
-            self._open_checkpoint(source, dtype, quant_type, block_size, total_max_length)
+            self._open_checkpoint(source, source.dtype(dtype, device), quant_type, block_size, total_max_length)
         self.engine = self.new_engine(self.runner)
 
     def new_engine(self, runner: Runner) -> Engine:
@@ -124,13 +126,13 @@ class LLM:
         )
 
     def _open_artifact(
-        self, artifact, dtype, quant_type, block_size, verify, total_max_length, num_hidden_layers
+        self, artifact, dtype, quant_type, block_size, device, verify, total_max_length, num_hidden_layers
     ) -> None:
         if num_hidden_layers is not None:
             raise ValueError(
                 "num_hidden_layers is for dummy models; an exported folder has the layers it was exported with"
             )
-        artifact.require(dtype, quant_type, self.ranks.world_size, block_size)
+        artifact.require(dtype, quant_type, self.ranks.world_size, block_size, device)
         if verify:
             artifact.verify(self.ranks.rank == 0)
         self.dtype, self.quant_type = artifact.dtype, artifact.quant_type
@@ -157,7 +159,7 @@ class LLM:
             ) from error
 
     def _open_checkpoint(self, source: ModelSource, dtype, quant_type, block_size, total_max_length) -> None:
-        self.dtype, self.quant_type = dtype or source.default_dtype(), quant_type
+        self.dtype, self.quant_type = dtype, quant_type
         block_size = positive("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size)
         self._prepare(source.config, source.tokenizer_folder, total_max_length)
         rank, world_size = self.ranks.rank, self.ranks.world_size
@@ -165,9 +167,7 @@ class LLM:
         self.runner = DynamicRunner(network, self._num_blocks(block_size, 0), block_size)
 
     def _prepare(self, config: MixtralConfig, tokenizer_folder: Path, total_max_length: int | None) -> None:
-        """What both modes share: the tokenizer, how long a sequence may be, and what a device takes."""
-        if self.place is not None and self.dtype == "float32":
-            raise ValueError("dtype is float32, the kernels of a GPU need bfloat16; use --dtype bfloat16")
+        """What both modes share: the tokenizer, and how long a sequence may be."""
         longest = config.max_position_embeddings
         if total_max_length is not None and not 2 <= total_max_length <= longest:
             raise ValueError(

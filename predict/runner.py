@@ -13,7 +13,7 @@ from ops.gpu_group import check_gpus
 from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
 from predict.engine.request import MAX_TOP_LOGPROBS
 from predict.model.config import MixtralConfig
-from predict.model.memory import CPU, empty
+from predict.model.memory import CPU, ELEMENT_BYTES, empty
 from predict.model.mixtral import Mixtral
 from predict.weights_file import read_weights
 
@@ -38,8 +38,8 @@ def cache_names(config: MixtralConfig) -> list[str]:
 
 def bytes_per_token(config: MixtralConfig, world_size: int, dtype: str) -> int:
     """Bytes of KV cache one token takes on one rank."""
-    element = {"float32": 4, "bfloat16": 2}[dtype]
-    return 2 * config.num_hidden_layers * config.num_key_value_heads // world_size * config.head_dim * element
+    heads = config.num_key_value_heads // world_size
+    return 2 * config.num_hidden_layers * heads * config.head_dim * ELEMENT_BYTES[dtype]
 
 
 def _empty_caches(

@@ -37,9 +37,9 @@ HUGE_SHARE = 0.9
 PROBE = 8 * CHUNK  # bytes of the file that show whether, and how fast, it is read into huge pages
 READING_AGAIN_PAYS = 0.5e9  # bytes a second from disk, about what copying into new memory reaches on a virtual machine
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
-_SAFETENSORS_NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16"}
+_SAFETENSORS_NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # NumPy has no bfloat16.
-_NUMPY_TYPES = {"uint8": np.uint8, "float32": np.float32, "bfloat16": np.int16}
+_NUMPY_TYPES = {"uint8": np.uint8, "float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
 Kind = tuple[str, tuple[int, ...]]  # element type, shape
 
 
@@ -73,7 +73,8 @@ def read_weights(
     it, or exporting again, does no harm. Where memory runs short, the system may drop its pages and read them again.
 
     Args:
-        needed: name, element type ("uint8", "float32" or "bfloat16") and shape of every tensor the file must hold.
+        needed: name, element type ("uint8", "float32", "bfloat16" or "float16") and shape of every tensor the file must
+            hold.
         place: a device to copy them to, one by one; None: they stay on the CPU.
 
     Raises:

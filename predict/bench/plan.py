@@ -13,6 +13,7 @@ from predict.artifact import Artifact, refuse_artifact
 from predict.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS
 from predict.llm import DEFAULT_BLOCK_SIZE
 from predict.model.config import MixtralConfig, positive
+from predict.model.memory import ELEMENT_BYTES
 from predict.model.source import find_model
 from predict.model.weights import DUMMY_PREFIX, expected_tensors
 from predict.runner import bytes_per_token
@@ -129,7 +130,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in memory, all ranks together, without what ranks hold in common more than once."""
-        element = {"float32": 4, "bfloat16": 2}[self.dtype]
+        element = ELEMENT_BYTES[self.dtype]
         total = 0
         for name, shape in expected_tensors(self.config).items():
             float32 = len(shape) == 1 or name.endswith("block_sparse_moe.gate.weight")  # norms and routers
@@ -156,13 +157,13 @@ def make_plan(options: Options, world_size: int, place: Place | None = None) -> 
     static = Artifact.is_artifact(options.model) if options.mode is None else options.mode == "static"
     if static and not options.traces:
         artifact = Artifact.open(options.model)
-        artifact.require(options.dtype, options.quant_type, world_size, options.block_size)
+        artifact.require(options.dtype, options.quant_type, world_size, options.block_size, options.device)
         config, dtype, quant_type = artifact.config, artifact.dtype, artifact.quant_type
         block_size = artifact.block_size
     else:
         refuse_artifact(options.model)
         source = find_model(options.model, options.num_hidden_layers)
-        config, dtype, quant_type = source.config, options.dtype or source.default_dtype(), options.quant_type
+        config, dtype, quant_type = source.config, source.dtype(options.dtype, options.device), options.quant_type
         block_size = positive("block_size", DEFAULT_BLOCK_SIZE if options.block_size is None else options.block_size)
     left_out: list[str] = []
     batches = DEFAULT_BATCH_SIZE if options.batch_size is None else options.batch_size

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from predict.model.config import MixtralConfig
+from predict.model.memory import ELEMENT_BYTES
 from predict.model.mixtral import padded_vocab_share
 from predict.runner import bytes_per_token
 
@@ -64,7 +65,7 @@ class Traffic:
         """Bytes of a weight, its scales included."""
         if self.quant_type is not None:
             return out_features * (in_features + 4)
-        return out_features * in_features * {"float32": 4, "bfloat16": 2}[self.dtype]
+        return out_features * in_features * ELEMENT_BYTES[self.dtype]
 
     def _window(self, seen: int) -> int:
         return min(seen, self.config.sliding_window or seen)

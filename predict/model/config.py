@@ -6,11 +6,30 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The activations that each kind of device has kernels for.
+DEVICE_DTYPES = {"cpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16")}
 _MISSING = object()
 
 
 class ConfigError(ValueError):
     """A config.json that cannot be read, or describes something this network is not."""
+
+
+def why_not_on(device: str, dtype: str, remedy: str = "use") -> str | None:
+    """Why activations of ``dtype`` cannot run on "cpu" or "gpu", to follow what they are of; None: they can.
+
+    Args:
+        remedy: what to do with --dtype to have others.
+    """
+    if dtype in DEVICE_DTYPES[device]:
+        return None
+    if dtype not in DTYPES:
+        return f"is {dtype!r}, needs {' or '.join(DEVICE_DTYPES[device])}"
+    [other] = (name for name, dtypes in DEVICE_DTYPES.items() if dtype in dtypes)
+    return (
+        f"is {dtype}, which runs on {other.upper()}s only; {remedy} --dtype {' or '.join(DEVICE_DTYPES[device])}, "
+        f"or use --device {other}"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import math
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import paddle
@@ -15,7 +14,7 @@ from ops.device import device_name
 
 CPU = paddle.CPUPlace()
 HUGE_PAGE = 2 << 20  # bytes, on x86-64
-ELEMENT_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
+ELEMENT_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _LIBC = ctypes.CDLL(None)
 
 
@@ -68,7 +67,7 @@ def _no_room(size: int, place: Place) -> Iterator[None]:
 
 def host_view(tensor: paddle.Tensor) -> np.ndarray:
     """A writable NumPy view of a CPU tensor's memory (bfloat16 as uint16). It does not keep the tensor alive."""
-    numpy_dtypes: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8}
-    numpy_dtype = numpy_dtypes[str(tensor.dtype).removeprefix("paddle.")]
-    memory = (ctypes.c_char * (tensor.size * np.dtype(numpy_dtype).itemsize)).from_address(tensor.data_ptr())
+    dtype = str(tensor.dtype).removeprefix("paddle.")
+    numpy_dtype = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+    memory = (ctypes.c_char * (tensor.size * numpy_dtype.itemsize)).from_address(tensor.data_ptr())
     return np.frombuffer(memory, numpy_dtype).reshape(tensor.shape)

@@ -21,7 +21,7 @@ from ops.moe import fused_moe
 from ops.norm import add_rms_norm, rms_norm
 from ops.quantize import INT8_ZERO, gate_up_shape, packed_shape
 from ops.sampling import sample
-from predict.model.config import ConfigError, MixtralConfig
+from predict.model.config import DTYPES, ConfigError, MixtralConfig
 from predict.model.memory import empty, host_view
 
 # Both have int8 weights; by the bits of the fixed point that what they are multiplied with is rounded to.
@@ -98,7 +98,7 @@ class Mixtral(nn.Layer):
 
     Args:
         config: the model.
-        dtype: activations, KV cache and unquantised weights: "bfloat16" or "float32".
+        dtype: activations, KV cache and unquantised weights: "bfloat16", "float16" (which runs on a GPU) or "float32".
         quant_type: "weight_only_int8" (activations enter products in 16 bits), "a8w8" (in 8 bits), or None.
         world_size: ranks the heads, experts' intermediate size and vocabulary are split over.
         place: the device that is to hold it; None: the CPU.
@@ -117,8 +117,8 @@ class Mixtral(nn.Layer):
     ):
         super().__init__()
         check_shardable(config, world_size)
-        if dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"dtype is {dtype!r}, the CPU kernels need bfloat16 or float32; use --dtype bfloat16")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, needs one of {', '.join(DTYPES)}")
         if quant_type is not None and quant_type not in QUANT_TYPES:
             raise ConfigError(f"quant_type is {quant_type!r}, needs {' or '.join(QUANT_TYPES)}, or none at all")
         self.config, self.dtype, self.quant_type, self.world_size = config, dtype, quant_type, world_size

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from predict.model.config import ConfigError, MixtralConfig
+from predict.model.config import ConfigError, MixtralConfig, why_not_on
 from predict.model.weights import DEMO, DUMMY_PREFIX, DummyWeights, WeightSource, dummy_config, open_checkpoint
 
 REMOTE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,17 +32,16 @@ class ModelSource:
         """The tensors, checked against the configuration."""
         return DummyWeights(self.config) if self.folder is None else open_checkpoint(self.folder, self.config)
 
-    def default_dtype(self) -> str:
-        """The checkpoint's dtype.
+    def dtype(self, asked: str | None, device: str) -> str:
+        """The element type of activations: what was asked for; None: the checkpoint's.
 
         Raises:
-            ConfigError: it is float16, for which there are no CPU kernels.
+            ConfigError: "cpu" or "gpu", whichever ``device`` is, has no kernels for it.
         """
-        if self.config.dtype == "float16":
-            raise ConfigError(
-                f"{self.name}: the checkpoint is float16, which runs on GPUs only; use --dtype bfloat16 or float32"
-            )
-        return self.config.dtype
+        dtype = asked or self.config.dtype
+        if reason := why_not_on(device, dtype):
+            raise ConfigError(f"dtype {reason}" if asked else f"{self.name}: the checkpoint {reason}")
+        return dtype
 
 
 def find_model(name: str | Path, num_hidden_layers: int | None = None) -> ModelSource:

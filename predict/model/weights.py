@@ -27,7 +27,7 @@ from predict.progress import progress
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEMO = CONFIGS / "demo"
 DUMMY_PREFIX = "dummy:"
-# Random weights are integers times this power of two: exact in bfloat16, and of about initializer_range (0.02).
+# Random weights are integers times this power of two: exact in all types, and of about initializer_range (0.02).
 DUMMY_STEP = 2.0**-12
 
 
@@ -57,9 +57,11 @@ class DummyWeights:
         bits = np.frombuffer(random.bytes(int(np.prod(shape))), np.uint8)
         return self.bfloat16_of_byte[bits].reshape(shape), "bfloat16"
 
-    def noise(self, place: Place, quant_type: str | None) -> Noise:
+    def noise(self, place: Place, dtype: str, quant_type: str | None) -> Noise:
         """The same kind of weights, packed, for a device to make: those of int8 are times DUMMY_STEP."""
-        return Noise(place, self.bfloat16_of_byte if quant_type is None else self.packed_int8_of_byte, self.seed)
+        if quant_type is not None:
+            return Noise(place, self.packed_int8_of_byte, self.seed)
+        return Noise(place, convert(self.bfloat16_of_byte, "bfloat16", dtype).view(np.uint16), self.seed)
 
 
 def expected_tensors(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
@@ -141,12 +143,15 @@ def load(
     """Builds the network and fills it with this rank's share of ``source``.
 
     Args:
-        dtype: of activations and unquantised weights: "bfloat16" or "float32".
+        dtype: of activations and unquantised weights: "bfloat16", "float16" or "float32".
         quant_type: "weight_only_int8", "a8w8" (the same weights) or None. Whole rows are quantised before they are
             split, so scales do not depend on the number of ranks.
         place: a device to copy the weights to, layer by layer, so that the host holds little more than one; None: they
             stay on the CPU. A device makes a dummy's large weights itself, others than a CPU's and than those of
             another number of ranks.
+
+    Raises:
+        CheckpointError: a value that cannot be quantised, or is beyond float16; names the tensor.
     """
     model = Mixtral(config, dtype, quant_type, world_size, place)
     _Loader(model, source, rank).load()
@@ -154,13 +159,24 @@ def load(
 
 
 def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
-    """Element type ``dtype`` to ``to`` ("float32" or "bfloat16", rounded to nearest even), bfloat16 as uint16."""
+    """Element type ``dtype`` to ``to``, rounded to nearest even; bfloat16 as uint16.
+
+    Raises:
+        OverflowError: a finite value rounds to no finite float16.
+    """
     if dtype == to:
         return array
+    if dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
     if to == "float32":
-        if dtype == "float16":
-            return array.astype(np.float32)
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32, copy=False)
+    if to == "float16":
+        try:
+            with np.errstate(over="raise"):
+                return array.astype(np.float16)
+        except FloatingPointError:
+            largest = np.abs(array[np.isfinite(array)]).max()
+            raise OverflowError(f"{largest:g} is beyond float16, whose largest number is 65504") from None
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
@@ -175,7 +191,7 @@ class _Loader:
         self.bar = progress(work, sum(int(np.prod(s)) for s in shapes.values()), "weights", rank == 0)
         self.noise = None
         if model.place is not None and isinstance(source, DummyWeights):
-            self.noise = source.noise(model.place, model.quant_type)
+            self.noise = source.noise(model.place, model.dtype, model.quant_type)
 
     def load(self) -> None:
         model = self.model
@@ -243,7 +259,7 @@ class _Loader:
     def _plain(self, target: paddle.Tensor, name: str) -> None:
         """The whole tensor, the same on every rank, never quantised."""
         array, dtype = self._read(name)
-        host_view(target)[...] = convert(array, dtype, str(target.dtype).removeprefix("paddle."))
+        host_view(target)[...] = _converted(name, array, dtype, str(target.dtype).removeprefix("paddle."))
 
     def _rows(
         self,
@@ -267,7 +283,7 @@ class _Loader:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)[at : at + len(rows)]
             rows = _quantised(name, rows, scale, dtype)
         else:
-            rows = convert(rows, dtype, self.model.dtype)
+            rows = _converted(name, rows, dtype, self.model.dtype)
         if rows.dtype == np.float32:
             target[at : at + len(rows)] = rows
         else:
@@ -283,7 +299,7 @@ class _Loader:
             scale = _part(host_view(getattr(layer, f"{weight}_scale")), expert)
             columns = _quantised(name, array, scale, dtype)[:, mine]
         else:
-            columns = convert(array[:, mine], dtype, self.model.dtype)
+            columns = _converted(name, array[:, mine], dtype, self.model.dtype)
         if columns.dtype == np.float32:
             target[...] = columns
         else:
@@ -300,6 +316,13 @@ class _Loader:
         self._fill(head, "weight", name, rows, dtype)
         if self.model.quant_type is not None:
             host_view(head.weight_scale)[len(rows) :] = 1
+
+
+def _converted(name: str, array: np.ndarray, dtype: str, to: str) -> np.ndarray:
+    try:
+        return convert(array, dtype, to)
+    except OverflowError as error:
+        raise CheckpointError(f"tensor {name}: {error}; use --dtype bfloat16") from error
 
 
 def _quantised(name: str, weight: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -21,13 +22,14 @@ from predict.artifact import Artifact, ArtifactError
 from predict.engine.batch import Chunk, pack
 from predict.engine.request import SamplingParams, Sequence
 from predict.llm import LLM
-from predict.model.checkpoint import read_header
+from predict.model.checkpoint import Checkpoint, read_header
 from predict.model.config import ConfigError, MixtralConfig
 from predict.model.source import find_model
 from predict.model.weights import DEMO, load
 from predict.parallel import alone
 
 INT8 = ("bfloat16", "weight_only_int8")
+FLOAT16 = Path(__file__).parents[1] / "golden" / "sliding_window_tied_float16"
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
 
@@ -88,7 +90,11 @@ def test_quantised_weights_are_saved_packed(exported, demo):
 
 @pytest.mark.parametrize(
     ("dtype", "layout", "shape"),
-    [("bfloat16", "tile32x32", gate_up_shape), ("float32", "row_major", lambda inner, hidden, _: [2 * inner, hidden])],
+    [
+        ("bfloat16", "tile32x32", gate_up_shape),
+        ("float16", "tile32x32", gate_up_shape),
+        ("float32", "row_major", lambda inner, hidden, _: [2 * inner, hidden]),
+    ],
 )
 def test_the_layout_of_other_weights_is_named(exported, demo, dtype, layout, shape):
     config = MixtralConfig.read(demo / "config.json")
@@ -209,6 +215,30 @@ def test_exporting_leaves_the_network_as_it_was(demo, tmp_path):
 def test_an_export_of_another_kind_is_refused(exported, options, message):
     with pytest.raises(ArtifactError if "num_hidden_layers" not in options else ValueError, match=re.escape(message)):
         LLM(exported(*INT8), **options)
+
+
+@pytest.mark.parametrize("quant_type", [None, "weight_only_int8"])
+def test_an_export_in_float16_is_for_gpus(exported, quant_type):
+    folder = exported("float16", quant_type)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["dtype"], manifest["quant_type"]) == ("float16", quant_type)
+    assert read_header(folder / "rank_0" / "model.safetensors")["embed_tokens"].dtype == "F16"
+    sentence = (
+        f"{folder}: the export is float16, which runs on GPUs only; export it again with --dtype bfloat16 or float32, "
+        "or use --device gpu"
+    )
+    with pytest.raises(ArtifactError, match=re.escape(sentence)):
+        LLM(folder)
+    Artifact.open(folder).require("float16", quant_type, 1, None, "gpu")
+
+
+def test_a_checkpoint_of_float16_is_exported_as_what_is_asked_for(tmp_path):
+    with pytest.raises(ConfigError, match="the checkpoint is float16, which runs on GPUs only; use --dtype float16 f"):
+        export_model(str(FLOAT16), tmp_path, ranks=alone())
+    assert export_model(str(FLOAT16), tmp_path, dtype="float16", ranks=alone()).dtype == "float16"
+    table, _ = Checkpoint(FLOAT16).read("model.embed_tokens.weight")
+    entry = read_header(tmp_path / "rank_0" / "model.safetensors")["embed_tokens"]
+    np.testing.assert_array_equal(np.memmap(entry.file, np.float16, "r", entry.offset, entry.shape), table)
 
 
 def test_quantisation_and_ranks_must_be_those_of_the_export(exported):

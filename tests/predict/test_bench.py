@@ -99,6 +99,7 @@ def test_active_bytes_of_8x7b(eight_x_seven):
     assert int8.step_bytes(5, [0]) - int8.step_bytes(4, [0]) == expert // 2 + 4 * (2 * 14336 + 4096)
     halves = Traffic(eight_x_seven, "bfloat16", None, 2)
     assert 2 * (halves.step_bytes(4, [100]) - 4 * router) == bfloat16.step_bytes(4, [100]) - 4 * router
+    assert replace(bfloat16, dtype="float16").step_bytes(4, [100]) == bfloat16.step_bytes(4, [100])
 
 
 def test_operations_of_8x7b(eight_x_seven):
@@ -191,7 +192,7 @@ REFUSED = {
     "MODEL /nope": "/nope does not exist; needs a checkpoint folder",
     f"{DEMO} --mode static": "no manifest.json, so this is no exported model",
     f"{DEMO} --num_hidden_layers 1": "--num_hidden_layers is for dummy models",
-    f"{DEMO} --dtype float16": "--dtype float16: this version runs in bfloat16 or float32",
+    f"{DEMO} --dtype float16": "--dtype is float16, which runs on GPUs only; use --dtype bfloat16 or float32",
     f"{DEMO} --prompt_len 2049": "--prompt_len 2049 is more than the 2048 tokens of the model's max_position",
     f"{DEMO} --context_len 5,2000": "--context_len 2000 and 64 new tokens (--gen_len) is more than the 2048 tokens",
     f"{DEMO} --batch_context_len 2000 --gen_len 49": "--batch_context_len 2000 and 49 new tokens (--gen_len) is more",

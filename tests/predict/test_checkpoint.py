@@ -146,6 +146,32 @@ def test_element_types_convert_exactly_or_round_to_even():
     assert np.isnan(convert(nan, "bfloat16", "float32")).all()
 
 
+def test_float16_is_rounded_to_the_nearest_or_refused():
+    ties = np.array([1 + 2**-11, 1 + 3 * 2**-11, 2**-25, 3 * 2**-25, 65519.0, -np.inf], np.float32)
+    expected = np.array([1, 1 + 2**-9, 0, 2**-23, 65504, -np.inf], np.float16)
+    np.testing.assert_array_equal(convert(ties, "float32", "float16"), expected)
+    assert np.isnan(convert(np.array([np.nan], np.float32), "float32", "float16")).all()
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = convert(bits, "bfloat16", "float32")
+    fit = ~(np.abs(values) >= 65520) | np.isinf(values)
+    np.testing.assert_array_equal(convert(bits[fit], "bfloat16", "float16"), values[fit].astype(np.float16))
+    for value, said in ((65520.0, "65520"), (-1e30, r"1e\+30")):
+        with pytest.raises(OverflowError, match=f"{said} is beyond float16, whose largest number is 65504"):
+            convert(np.array([np.inf, value], np.float32), "float32", "float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "quant_type"),
+    [("model.layers.1.block_sparse_moe.experts.3.w2.weight", None), ("model.embed_tokens.weight", "weight_only_int8")],
+)
+def test_a_value_beyond_float16_names_its_tensor(folder, name, quant_type):
+    changed = tensors()
+    changed[name][5, 7] = -70000
+    save_file(changed, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor {name}: 70000 is beyond float16, .*; use --dtype bfloat16"):
+        load(CONFIG, open_checkpoint(folder, CONFIG), "float16", quant_type)
+
+
 def test_a_value_that_cannot_be_quantised_names_its_tensor(folder):
     changed = tensors()
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"

@@ -10,9 +10,12 @@ import pytest
 from predict.cache_size import cache_blocks, free_memory
 from predict.engine.request import SamplingParams
 from predict.llm import LLM
+from predict.model.config import ConfigError
+from predict.model.source import find_model
 from predict.runner import bytes_per_token
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,7 @@ def test_conversations_the_template_refuses(llm, messages, message):
     [
         ({"mode": "eager"}, "mode is 'eager', needs 'dynamic' or 'static'"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"dtype": "float16"}, "dtype is float16, which runs on GPUs only; use --dtype bfloat16 or float32, or use --"),
         ({"quant_type": "int4"}, "quant_type is 'int4', needs weight_only_int8 or a8w8"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0, needs a positive integer"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, needs a positive integer"),
@@ -183,6 +187,21 @@ def test_options_that_do_not_fit_are_refused(demo, options, message):
     with pytest.raises((ValueError, MemoryError), match=re.escape(message)):
         LLM(demo, **options)
     LLM(demo)  # and nothing stays behind
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "dtype", "its_device", "other_device"),
+    [
+        ("sliding_window_tied_float16", "float16", "gpu", "cpu"),
+        ("multi_query_top3_float32", "float32", "cpu", "gpu"),
+    ],
+)
+def test_a_checkpoint_runs_in_its_own_type_where_the_device_has_it(checkpoint, dtype, its_device, other_device):
+    source = find_model(GOLDEN / checkpoint)
+    assert source.dtype(None, its_device) == dtype
+    assert source.dtype("bfloat16", other_device) == "bfloat16"
+    with pytest.raises(ConfigError, match=f"{checkpoint}: the checkpoint is {dtype}, .* or use --device {its_device}"):
+        source.dtype(None, other_device)
 
 
 def test_the_cache_takes_what_it_may_and_no_more_than_requests_can_use(demo, capsys):

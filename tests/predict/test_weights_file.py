@@ -31,6 +31,7 @@ def weights() -> dict[str, paddle.Tensor]:
         "layers.0.w13": paddle.randint(0, 256, [3, 64, 4096]).astype("uint8"),
         "embed_tokens": paddle.randn([1000, 33]).astype("bfloat16"),
         "lm_head.weight": paddle.randint(0, 256, [5, 3]).astype("uint8"),
+        "layers.1.w13": paddle.randn([3, 7]).astype("float16"),
     }
 
 
@@ -107,8 +108,8 @@ def test_anyone_can_read_the_file(path, weights):
     length = int.from_bytes(path.read_bytes()[:8], "little")
     assert (8 + length) % PAGE == 0
     offsets = {name: entry.offset for name, entry in weights_file.read_header(path).items()}
-    # Sizes that are multiples of 786,432, 16, 4 and 1 bytes, in this order.
-    assert list(offsets) == ["layers.0.w13", "embed_tokens", "layers.0.w13_scale", "lm_head.weight"]
+    # Sizes that are multiples of 786,432, 16, 4, 2 and 1 bytes, in this order.
+    assert list(offsets) == ["layers.0.w13", "embed_tokens", "layers.0.w13_scale", "layers.1.w13", "lm_head.weight"]
     assert offsets["layers.0.w13"] % PAGE == 0
 
 

@@ -37,7 +37,7 @@ PLACE = gpu_place()
 
 
 def open_llm(mode: str, quant_type: str, device: str, ranks: Ranks | None = None) -> LLM:
-    model = DEMO if mode == "dynamic" else os.environ[f"EXPORTED_{quant_type}"]
+    model = DEMO if mode == "dynamic" else os.environ[f"EXPORTED_bfloat16_{quant_type}"]
     return LLM(
         model,
         mode=mode,

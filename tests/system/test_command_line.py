@@ -102,7 +102,7 @@ REFUSED = {
     "--mode static": "no manifest.json, so this is no exported model",
     "--verify": "verify is for exported folders (mode static)",
     "--num_hidden_layers 2": "--num_hidden_layers is for dummy models",
-    "--dtype float16": "--dtype float16: this version runs in bfloat16 or float32; use one of them",
+    "--dtype float16": "--dtype is float16, which runs on GPUs only; use --dtype bfloat16 or float32",
     "--output_path x": "--output_path is where the exporter writes; the predictor writes answers to --output_file",
     "--threads 100000": "threads is 100000, needs 1 to 1024",
     "--kv_cache_memory 900T": "more than there is free for a rank",
