@@ -161,7 +161,8 @@ FAULTS = {
     "a copy to global memory": (8, "cp_async_16 to", "not in shared memory"),
     "a matrix not aligned": (9, "ldmatrix_x4", "not 16-byte aligned"),
     "a trap": (10, "__trap()"),
-    "an access not aligned": (11, "an alignment"),
+    "a thread that awaits nothing": (11, "thread (9, 0, 0)", "ended without await_previous()"),
+    "an access not aligned": (12, "an alignment"),
 }
 
 

@@ -1,5 +1,9 @@
 """How many kernels an operator launches on a GPU, counted on the emulation: at most ten for a layer that decodes."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -67,6 +71,18 @@ def test_a_layer_that_decodes_is_at_most_ten_launches(device, tokens, kind):
     # 16-bit weights take h as it is: no launch rounds it.
     assert parts == {"norms": 2, "qkv and o": 2, "attention": 2, "experts": 4 if kind.bits else 3}
     assert sum(parts.values()) <= 10
+
+
+def test_a_wrong_word_for_overlap_is_refused():
+    """Read at a process's first launch."""
+    code = (
+        "from tests.gpu.devices import EmulatedDevice; from tests.ops.test_cuda_launches import of_rms_norm;"
+        "of_rms_norm(EmulatedDevice(), 1)"
+    )
+    environment = {**os.environ, "PADDLE_MIXTRAL_CUDA_OVERLAP": "yes"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "PADDLE_MIXTRAL_CUDA_OVERLAP is 'yes', needs 0 or 1" in done.stderr
 
 
 @pytest.mark.parametrize("kind", WEIGHTS, ids=str)

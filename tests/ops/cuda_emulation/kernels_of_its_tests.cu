@@ -153,6 +153,7 @@ __global__ void faulty_kernel(int which, float* y) {
   const int me = threadIdx.x;
   unsigned char* shared = pm::cuda::dynamic_shared();
   float v = 1;
+  if (which != 11 || me != 9) pm::cuda::await_previous();
   switch (which) {
     case 0:  // a thread ends, the others wait for it
       if (me == 5) return;
@@ -195,6 +196,8 @@ __global__ void faulty_kernel(int which, float* y) {
     case 10:
       __trap();
       break;
+    case 11:
+      break;  // without having awaited anything
     default:
       v = *reinterpret_cast<volatile float*>(reinterpret_cast<char*>(y) + 2);
       break;  // half way
@@ -248,7 +251,9 @@ ENTRY turn_round_warp(int barrier, const float* x, float* y) {
   return launch(barrier ? turn_round_warp_kernel<true> : turn_round_warp_kernel<false>, dim3(1), dim3(32), 0, nullptr, x, y);
 }
 ENTRY unwritten(float* y) { return launch(unwritten_kernel, dim3(1), dim3(64), 256, nullptr, y); }
-ENTRY faulty(int which, float* y) { return launch(faulty_kernel, dim3(1), dim3(64), 256, nullptr, which, y); }
+ENTRY faulty(int which, float* y) {
+  return launch(pm::cuda::Overlap::previous, faulty_kernel, dim3(1), dim3(64), 256, nullptr, which, y);
+}
 ENTRY shared_memory(int bytes) { return launch(unwritten_kernel, dim3(1), dim3(0), bytes, nullptr, nullptr); }
 ENTRY halves(const float* x, __half* y, const __half* z, float* w, int n) {
   return launch(half_kernel, dim3(1), dim3(32), 0, nullptr, x, y, z, w, n);

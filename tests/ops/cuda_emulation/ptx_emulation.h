@@ -159,6 +159,8 @@ inline uint4 load_streaming_16(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+inline void await_previous() { simt::await_previous(); }  // a stream does everything at once
+
 // Between processes, which are the ranks of the emulated collectives. There may be more of them than processors: whoever
 // looks at the clock waits for another.
 inline uint64_t load_acquire_system(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }

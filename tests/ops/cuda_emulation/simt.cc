@@ -71,6 +71,7 @@ struct Thread {
   Site site;
   std::vector<Copy> copies;
   int group;  // of the next copy
+  bool awaited;
 };
 
 struct Options {
@@ -89,6 +90,7 @@ uint32_t waiting_lanes[kMostThreads / kWarp];  // at a rendezvous
 unsigned num_threads, num_warps, num_ended, num_at_barrier;
 Thread* first_at_barrier;
 int barrier_sum, barrier_result;
+bool next_must_await, must_await;
 Thread* current;  // null while the scheduler runs
 void* scheduler_stack;
 void (*entry)(void*);
@@ -224,6 +226,7 @@ void change_over(unsigned start) {
 
 void thread_main() {
   entry(closure);
+  if (must_await && !current->awaited) fail("ended without await_previous()");
   current->state = Thread::ended;
   ++num_ended;
   const unsigned warp = number(current) / kWarp;
@@ -243,6 +246,7 @@ void start(unsigned i, dim3 block) {
   t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
   t.copies.clear();
   t.group = 0;
+  t.awaited = false;
   // As simt_switch left a stack: six registers, then where to return to, which a call would find 8 bytes off alignment.
   void** slot = reinterpret_cast<void**>(stack_top(i) - 16);
   slot[0] = reinterpret_cast<void*>(thread_main);
@@ -333,6 +337,8 @@ const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void
   running.block_size = block;
   running.grid_size = grid;
   failed = false;
+  must_await = next_must_await;
+  next_must_await = false;
 
   std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
@@ -347,6 +353,9 @@ const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void
   }
   return nullptr;
 }
+
+void expect_await() { next_must_await = true; }
+void await_previous() { current->awaited = true; }
 
 unsigned lane() { return number(current) % kWarp; }
 

@@ -77,5 +77,9 @@ void copy_async(void* shared, const void* global);
 void commit_copies();
 void wait_copies(int groups_left);
 
+// Every thread of the next launch must call await_previous().
+void expect_await();
+void await_previous();
+
 }  // namespace simt
 #endif  // CUDA_EMULATION_SIMT_H_

@@ -134,6 +134,7 @@ __device__ __forceinline__ void attend_rows(const Problem<Element>& p, int ordin
 // chunks of split ones.
 template <class Element, int Width>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) attend_decode(const Problem<Element> p, int row_blocks) {
+  await_previous();
   const int block = static_cast<int>(blockIdx.x);
   if (block >= row_blocks) {
     attend_chunks<Element, Width>(p, block - row_blocks, static_cast<int>(gridDim.x) - row_blocks);
@@ -172,8 +173,8 @@ int attend(const Problem<Element>& p, void* stream) {
   const int64_t row_blocks = longer ? (p.T * G / kTileRows + longer) * p.Hkv : 0;
   const int64_t items = most_parts(p.T, p.B, p.M, p.block_size) * p.units(1) * p.Hkv;
   const int64_t chunk_blocks = std::min<int64_t>(items, int64_t{multiprocessors} * kBlocksAtOnce);
-  return launch(attend_decode<Element, Width>, dim3(static_cast<unsigned>(row_blocks + chunk_blocks)), dim3(kThreads),
-                shared_bytes<Width>(), stream, p, row_blocks);
+  return launch(Overlap::previous, attend_decode<Element, Width>, dim3(static_cast<unsigned>(row_blocks + chunk_blocks)),
+                dim3(kThreads), shared_bytes<Width>(), stream, p, row_blocks);
 }
 
 template <class Element>
@@ -183,8 +184,8 @@ int run(Problem<Element> p, double rope_theta, void* workspace, void* stream) {
   for (int i = 0; i < p.D / 2; ++i) inverse.of[i] = static_cast<float>(pow(rope_theta, -2.0 * i / p.D));
   // Many tokens: a block a token, so that cosines are computed once; few: a block for each of its key/value heads.
   const unsigned slices = p.T < 256 ? static_cast<unsigned>(p.Hkv) : 1;
-  if (const int status = launch(append_decode<Element>, dim3(static_cast<unsigned>(p.T + 1), slices), dim3(kAppendThreads),
-                                0, stream, p, inverse))
+  if (const int status = launch(Overlap::previous, append_decode<Element>, dim3(static_cast<unsigned>(p.T + 1), slices),
+                                dim3(kAppendThreads), 0, stream, p, inverse))
     return status;
   return p.D <= 16   ? attend<Element, 16>(p, stream)
          : p.D <= 32 ? attend<Element, 32>(p, stream)

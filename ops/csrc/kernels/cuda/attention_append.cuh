@@ -69,6 +69,7 @@ __device__ __forceinline__ void rotate(const Element* x, const float* cosines, c
 template <class Element>
 __global__ void __launch_bounds__(kAppendThreads) append_decode(const Problem<Element> p, const InverseFrequencies inverse) {
   __shared__ float cosines[kMostWidth / 2], sines[kMostWidth / 2];
+  await_previous();
   const int t = static_cast<int>(blockIdx.x), half = p.D / 2, group = p.group();
   if (t == p.T) {
     if (blockIdx.y == 0 && threadIdx.x < 32) plan(p);

@@ -90,39 +90,55 @@ struct Stream {
     return rows.data + index * Format::kPlanes * rows.stride + first * kTokenBytes + lane % 4 * 16;
   }
 
-  // locate(i): segment i.
+  // locate(i): segment i. Its weights are fetched while the kernel before still runs, its tokens when that one has ended.
   template <class Locate>
   __device__ void start(const Locate& locate) {
     if (tiles == 0) segments = 0;
     if (segments > 0) from = locate(0);
-    for (int i = 0; i < kStages - 1; ++i) push(locate);
-  }
-
-  template <class Locate>
-  __device__ __forceinline__ void push(const Locate& locate) {
-    if (segment < segments) {
-      unsigned char* to = ring + in * kStageBytes;
-#pragma unroll
-      for (int chunk = lane; chunk < kChunks; chunk += 32) cp_async_16(to + place(chunk), from.weights + chunk * 16, true);
-      from.weights += kTileBytes;
-      if constexpr (!Resident) {
-#pragma unroll
-        for (int n = 0; n < Groups; ++n)
-          if (from.token[n] != nullptr) {
-#pragma unroll
-            for (int plane = 0; plane < Format::kPlanes; ++plane)
-              cp_async_16(to + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16,
-                          from.token[n] + plane * stride, true);
-            from.token[n] += kTokenBytes;
-          }
+    if constexpr (Resident) {
+      for (int i = 0; i < kStages - 1; ++i) {
+        push<true, false>(locate);
+        cp_async_commit();
       }
-      in = in + 1 == kStages ? 0 : in + 1;
-      if (++tile == tiles) {
-        tile = 0;
-        if (++segment < segments) from = locate(segment);
+      await_previous();
+    } else {
+      const Segment begin = from;
+      for (int i = 0; i < kStages - 1; ++i) push<true, false>(locate);
+      await_previous();
+      from = begin, segment = tile = in = 0;
+      for (int i = 0; i < kStages - 1; ++i) {
+        push<false, true>(locate);
+        cp_async_commit();
       }
     }
-    cp_async_commit();
+  }
+
+  // Weights, tokens or both of the next tile to where the oldest one was.
+  template <bool Weights, bool Tokens, class Locate>
+  __device__ __forceinline__ void push(const Locate& locate) {
+    if (segment >= segments) return;
+    unsigned char* to = ring + in * kStageBytes;
+    if constexpr (Weights) {
+#pragma unroll
+      for (int chunk = lane; chunk < kChunks; chunk += 32) cp_async_16(to + place(chunk), from.weights + chunk * 16, true);
+    }
+    from.weights += kTileBytes;
+#pragma unroll
+    for (int n = 0; n < Groups; ++n)
+      if (!Resident && from.token[n] != nullptr) {
+        if constexpr (Tokens) {
+#pragma unroll
+          for (int plane = 0; plane < Format::kPlanes; ++plane)
+            cp_async_16(to + kTileBytes + (n * Format::kPlanes + plane) * kPlaneBytes + lane * 16,
+                        from.token[n] + plane * stride, true);
+        }
+        from.token[n] += kTokenBytes;
+      }
+    in = in + 1 == kStages ? 0 : in + 1;
+    if (++tile == tiles) {
+      tile = 0;
+      if (++segment < segments) from = locate(segment);
+    }
   }
 
   // The sums of the next segment's quarter with its first `groups` groups of tokens. resident: this lane's chunks of its
@@ -139,7 +155,8 @@ struct Stream {
     for (int i = 0; i < tiles; ++i) {
       cp_async_wait<kStages - 2>();
       __syncwarp();
-      push(locate);  // to where the tile before this one was
+      push<true, !Resident>(locate);
+      cp_async_commit();
       const unsigned char* at = ring + out * kStageBytes;
       out = out + 1 == kStages ? 0 : out + 1;
       const TileFragment w = load_tile(at, lane);

@@ -106,8 +106,8 @@ int launch_decode(const Activations& x, const TokenRows& tokens, const void* w, 
   const size_t bytes = Work::kSharedBytes + (Resident ? static_cast<size_t>(plan.resident_bytes(at_once)) : 0);
   unsigned blocks;
   if (int status = decode_blocks(bytes, plan.strips(), &blocks)) return status;
-  return launch(linear_decode<Format, Groups, Resident>, dim3(blocks), dim3(kDecodeThreads), bytes, stream, x, tokens,
-                static_cast<const unsigned char*>(w), out, plan.T, plan.tiles, plan.strips());
+  return launch(Overlap::previous, linear_decode<Format, Groups, Resident>, dim3(blocks), dim3(kDecodeThreads), bytes,
+                stream, x, tokens, static_cast<const unsigned char*>(w), out, plan.T, plan.tiles, plan.strips());
 }
 
 template <class Format>
@@ -123,7 +123,8 @@ int linear_of(const Activations& x, const void* w, const RowsOut& out, int64_t T
   if (!taken_as_they_are<Format>(x.K)) {
     Workspace memory{static_cast<unsigned char*>(workspace)};
     tokens = take_tokens<Format>(memory, T, x.K);
-    if (int status = launch(prepare_kernel<Format>, dim3(T), dim3(kPrepareThreads), 0, stream, x, plan.tiles, tokens))
+    if (int status = launch(Overlap::previous, prepare_kernel<Format>, dim3(T), dim3(kPrepareThreads), 0, stream, x,
+                            plan.tiles, tokens))
       return status;
   }
   if (T <= kGroupTokens) return launch_decode<Format, 1, false>(x, tokens, w, out, plan, stream);

@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
                    int strips) {
   using Work = Stream<Format, Groups, false>;
   __shared__ Hits hits;
+  await_previous();  // it says for which experts
   find_hits(routing, T, hits);
   const int items = of_this_block(hits.number * strips);
   Work work(dynamic_shared(), tiles, items, tokens.stride);
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   using Work = Stream<Format, Groups, false>;
   __shared__ Hits hits;
   __shared__ float y[Work::kTokens][kTileRows];
+  await_previous();  // it says for which experts
   find_hits(routing, T, hits);
   const int64_t strip = blockIdx.x;
   Work work(dynamic_shared(), tiles, hits.number, h.stride);
@@ -248,7 +250,7 @@ struct Experts {
 
   int round_hidden() const {
     if (!Format::kFixed) return PM_OK;
-    return launch(prepare_kernel<Format>, dim3(of.rows()), dim3(kPrepareThreads), 0, stream,
+    return launch(Overlap::previous, prepare_kernel<Format>, dim3(of.rows()), dim3(kPrepareThreads), 0, stream,
                   Activations{rooms.h, PM_F32, of.I}, i_tiles, rooms.h_tokens);
   }
 
@@ -258,12 +260,14 @@ struct Experts {
     const int64_t hits = of.E < of.rows() ? of.E : of.rows();
     unsigned blocks;
     if (int status = decode_blocks(kShared, gate_up_strips * hits, &blocks)) return status;
-    if (int status = launch(gate_up_decode<Format, Groups>, dim3(blocks), dim3(kDecodeThreads), kShared, stream, x,
-                            static_cast<const unsigned char*>(w13), rooms.routing, hidden, of.T, h_tiles, gate_up_strips))
+    if (int status =
+            launch(Overlap::previous, gate_up_decode<Format, Groups>, dim3(blocks), dim3(kDecodeThreads), kShared, stream, x,
+                   static_cast<const unsigned char*>(w13), rooms.routing, hidden, of.T, h_tiles, gate_up_strips))
       return status;
     if (int status = round_hidden()) return status;
-    return launch(down_decode<Format, Groups>, dim3(down_strips), dim3(kDecodeThreads), kShared, stream, rooms.h_tokens,
-                  static_cast<const unsigned char*>(w2), rooms.routing, RowsOut{w2_scale, y, PM_F32, of.H}, of.T, i_tiles);
+    return launch(Overlap::previous, down_decode<Format, Groups>, dim3(down_strips), dim3(kDecodeThreads), kShared, stream,
+                  rooms.h_tokens, static_cast<const unsigned char*>(w2), rooms.routing, RowsOut{w2_scale, y, PM_F32, of.H},
+                  of.T, i_tiles);
   }
 
   template <int Tokens>
@@ -294,8 +298,8 @@ int multiply_slab(const Sizes& of, const Activations& x, const float* gate, cons
   const Experts<Format> experts{
       of, rooms, w13, w2, rooms.x.data != nullptr ? rooms.x : as_it_is, hidden, Format::kFixed ? w2_scale : nullptr,
       y,  stream};
-  if (int status = launch(route_kernel<Format>, dim3(of.T), dim3(kRouteThreads), 0, stream, x, gate, rooms.routing,
-                          experts.h_tiles, rooms.x))
+  if (int status = launch(Overlap::previous, route_kernel<Format>, dim3(of.T), dim3(kRouteThreads), 0, stream, x, gate,
+                          rooms.routing, experts.h_tiles, rooms.x))
     return status;
   if (of.T <= kGroupTokens) return experts.template few<1>();
   if (of.few()) return experts.template few<kDecodeTokens / kGroupTokens>();

@@ -2,6 +2,7 @@
 //
 // A block a row. The row is read once, by all threads, and waits in shared memory; one warp sums its squares as the CPU
 // does, element i in lane i % 16 and the lanes folded as reduce_add of cpu/vec.h does, so every bit equals the CPU's.
+#include "ptx.cuh"
 #include "vector.cuh"
 
 namespace pm::cuda {
@@ -17,6 +18,7 @@ __global__ void __launch_bounds__(kThreads)
                     void* y, pm_dtype y_dtype, int64_t H, float eps) {
   float* const row = reinterpret_cast<float*>(dynamic_shared());  // [H]
   __shared__ float inverse;
+  await_previous();
   const int64_t s = blockIdx.x, from = rows ? rows[s] : s;
   residual += from * H;
   if (delta) delta += from * H;
@@ -72,8 +74,9 @@ int rms_norm(const float* residual, const float* delta, const int32_t* rows, con
   if (shared > kMostShared)
     return fail(PM_UNSUPPORTED, "rms_norm keeps a row in shared memory, at most %lld elements; hidden size is %lld",
                 static_cast<long long>(kMostShared / 4), static_cast<long long>(H));
-  return launch(H % 4 == 0 ? rms_norm_decode<true> : rms_norm_decode<false>, dim3(static_cast<unsigned>(S)), dim3(kThreads),
-                static_cast<size_t>(shared), stream, residual, delta, rows, weight, residual_out, y, y_dtype, H, eps);
+  return launch(Overlap::previous, H % 4 == 0 ? rms_norm_decode<true> : rms_norm_decode<false>,
+                dim3(static_cast<unsigned>(S)), dim3(kThreads), static_cast<size_t>(shared), stream, residual, delta, rows,
+                weight, residual_out, y, y_dtype, H, eps);
 }
 
 }  // namespace pm::cuda

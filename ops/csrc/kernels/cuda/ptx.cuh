@@ -97,6 +97,16 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
   return v;
 }
 
+// In a kernel of Overlap::previous (launch.cuh): waits until the kernels before on the stream have ended and what they wrote
+// is seen, and lets the next one begin once all blocks have come here. Without GPUs that have this, or without need,
+// nothing.
+__device__ __forceinline__ void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 // A word that other GPUs, or the host, read and write: what was written before the store (by this thread, or by others of
 // its block before a barrier) is seen after a load that sees the stored word.
 __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* word) {

@@ -94,6 +94,7 @@ template <class Format>
 __global__ void __launch_bounds__(kRouteThreads)
     route_kernel(Activations x, const float* gate, Routing routing, int tiles, TokenRows tokens) {
   __shared__ float p[kMostExperts];
+  await_previous();
   const int64_t token = blockIdx.x;
   for (int first = threadIdx.x / 32 * 2; first < routing.E; first += kRouteThreads / 16) {
     const int e = first + threadIdx.x % 32 / 16;

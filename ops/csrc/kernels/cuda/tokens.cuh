@@ -191,6 +191,7 @@ constexpr int kPrepareThreads = 32 * kBlockWarps;
 // A block a token.
 template <class Format>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Activations x, int tiles, TokenRows to) {
+  await_previous();
   prepare_token<Format>(x, blockIdx.x, tiles, to);
 }
 
