@@ -159,6 +159,7 @@ inline uint4 load_streaming_16(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+inline void prefetch(const void*) {}
 inline void await_previous() { simt::await_previous(); }  // a stream does everything at once
 
 // Between processes, which are the ranks of the emulated collectives. There may be more of them than processors: whoever

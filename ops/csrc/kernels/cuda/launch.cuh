@@ -118,7 +118,7 @@ int launch(Overlap overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block
   collect_addresses(values, addresses, std::index_sequence_for<Parameters...>());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (overlap == Overlap::previous) {
-    bool asked, launched = false;
+    bool asked = false, launched = false;
     if (const int status = asked_to_overlap(&asked)) return status;
     if (asked) {
       const auto* function = reinterpret_cast<const void*>(kernel);

@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     Work work(shared, tiles, of_this_block(strips), Resident ? own.stride : tokens.stride);
     const auto locate = [&](int i) {
       const int64_t strip = blockIdx.x + static_cast<int64_t>(i) * gridDim.x;
+      if (out.scale != nullptr && threadIdx.x == 0) prefetch(out.scale + strip * kTileRows);
       typename Work::Segment segment;
       segment.weights = w + (strip * tiles + work.first) * kTileBytes;
 #pragma unroll

@@ -106,6 +106,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     const int item = static_cast<int>(blockIdx.x + i * gridDim.x), hit = item / strips, strip = item % strips;
     typename Work::Segment segment;
     const int count = hits.count[hit];
+    if (out.scale != nullptr && threadIdx.x < 2)
+      prefetch(out.scale + (hits.expert[hit] * 2 + threadIdx.x) * out.I + strip * kHalfTile);
     segment.weights = w13 + ((hits.expert[hit] * static_cast<int64_t>(strips) + strip) * tiles + work.first) * kTileBytes;
 #pragma unroll
     for (int n = 0; n < Groups; ++n) {
@@ -149,6 +151,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   const auto locate = [&](int hit) {
     typename Work::Segment segment;
     const int expert = hits.expert[hit], count = hits.count[hit];
+    if (out.scale != nullptr && threadIdx.x == 0) prefetch(out.scale + expert * out.N + strip * kTileRows);
     segment.weights = w2 + ((expert * static_cast<int64_t>(gridDim.x) + strip) * tiles + work.first) * kTileBytes;
 #pragma unroll
     for (int n = 0; n < Groups; ++n) {
@@ -298,8 +301,8 @@ int multiply_slab(const Sizes& of, const Activations& x, const float* gate, cons
   const Experts<Format> experts{
       of, rooms, w13, w2, rooms.x.data != nullptr ? rooms.x : as_it_is, hidden, Format::kFixed ? w2_scale : nullptr,
       y,  stream};
-  if (int status = launch(Overlap::previous, route_kernel<Format>, dim3(of.T), dim3(kRouteThreads), 0, stream, x, gate,
-                          rooms.routing, experts.h_tiles, rooms.x))
+  if (int status = launch(Overlap::previous, route_kernel<Format>, dim3(of.T, rooms.x.data != nullptr ? 2 : 1),
+                          dim3(kRouteThreads), 0, stream, x, gate, rooms.routing, experts.h_tiles, rooms.x))
     return status;
   if (of.T <= kGroupTokens) return experts.template few<1>();
   if (of.few()) return experts.template few<kDecodeTokens / kGroupTokens>();

@@ -2,7 +2,6 @@
 //
 // A block a row. The row is read once, by all threads, and waits in shared memory; one warp sums its squares as the CPU
 // does, element i in lane i % 16 and the lanes folded as reduce_add of cpu/vec.h does, so every bit equals the CPU's.
-#include "ptx.cuh"
 #include "vector.cuh"
 
 namespace pm::cuda {
@@ -18,6 +17,7 @@ __global__ void __launch_bounds__(kThreads)
                     void* y, pm_dtype y_dtype, int64_t H, float eps) {
   float* const row = reinterpret_cast<float*>(dynamic_shared());  // [H]
   __shared__ float inverse;
+  prefetch_floats(weight, H);
   await_previous();
   const int64_t s = blockIdx.x, from = rows ? rows[s] : s;
   residual += from * H;

@@ -97,6 +97,9 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
   return v;
 }
 
+// Asks for the 128 bytes of global memory at an address to come to the second level cache.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global)); }
+
 // In a kernel of Overlap::previous (launch.cuh): waits until the kernels before on the stream have ended and what they wrote
 // is seen, and lets the next one begin once all blocks have come here. Without GPUs that have this, or without need,
 // nothing.

@@ -89,13 +89,16 @@ __device__ inline uint64_t choose(const float* p, int E, int top_k, float* share
   return chosen;
 }
 
-// A block a token: its shares, and the token as products take it (tokens.data NULL: as it is).
+// Block (token, 0): its shares; (token, 1), where there is one: the token as products take it.
 template <class Format>
 __global__ void __launch_bounds__(kRouteThreads)
     route_kernel(Activations x, const float* gate, Routing routing, int tiles, TokenRows tokens) {
   __shared__ float p[kMostExperts];
+  const bool routes = blockIdx.y == 0;
+  if (routes) prefetch_floats(gate, routing.E * x.K);
   await_previous();
   const int64_t token = blockIdx.x;
+  if (!routes) return prepare_token<Format>(x, token, tiles, tokens);
   for (int first = threadIdx.x / 32 * 2; first < routing.E; first += kRouteThreads / 16) {
     const int e = first + threadIdx.x % 32 / 16;
     const float sum = logit(x, token, gate + min(e, routing.E - 1) * x.K);
@@ -106,7 +109,6 @@ __global__ void __launch_bounds__(kRouteThreads)
     softmax(p, routing.E);
     if (threadIdx.x == 0) routing.chosen[token] = choose(p, routing.E, routing.top_k, routing.share + token * routing.E);
   }
-  if (tokens.data != nullptr) prepare_token<Format>(x, token, tiles, tokens);
 }
 
 // Lists of rows [E][T], in increasing token. A block an expert.

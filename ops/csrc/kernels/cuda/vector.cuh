@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "ptx.cuh"
 #include "scalar.cuh"
 
 namespace pm::cuda {
@@ -84,6 +85,12 @@ __device__ __forceinline__ void store_up_to_two(void* p, pm_dtype dtype, int64_t
     const uint32_t word = dtype == PM_BF16 ? pack_two<__nv_bfloat16>(a, b) : pack_two<__half>(a, b);
     *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p) + i) = word;
   }
+}
+
+// Asks for an array to come to the second level cache, by the whole block.
+__device__ __forceinline__ void prefetch_floats(const float* global, int64_t count) {
+  constexpr int kLine = 32;
+  for (int64_t i = int64_t{threadIdx.x} * kLine; i < count; i += int64_t{blockDim.x} * kLine) prefetch(global + i);
 }
 
 }  // namespace pm::cuda
