@@ -1,11 +1,15 @@
 """The GPUs of one job's ranks as a group: what all_reduce and all_gather of tensors on NVIDIA GPUs run through.
 
-The ranks' GPUs reach each other's memory by CUDA's IPC handles (ops/csrc/kernels/cuda/collective.cu), which are moved
-here through the group the processes have joined. Run so far with CUDA emulated, a process a rank; nobody has run it on
-GPUs.
+All ranks are on one machine. Their GPUs reach each other's memory by CUDA's IPC handles where all of them can
+(ops/csrc/kernels/cuda/collective_ipc.cu), else NCCL moves the numbers (collective_nccl.cu, which says why it does not
+add them up): the sums are the same bits. Handles and ids are moved here through the group the processes have joined.
+Run so far with CUDA emulated, a process a rank, and NCCL stood in for; nobody has run it on GPUs.
 """
 
 import ctypes
+import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,6 +18,10 @@ from ops.collective import LOST, PEER_LOST, all_gather, group
 from ops.library import LIBRARY
 
 HANDLE_BYTES = 64  # PM_CUDA_HANDLE_BYTES of ops/csrc/kernels/include/collective.h
+NCCL_ID_BYTES = 128  # PM_CUDA_NCCL_ID_BYTES
+WAY_VARIABLE = "PADDLE_MIXTRAL_GPU_COLLECTIVES"
+NCCL_FILE = "libnccl.so.2"
+_REASON_BYTES = 256
 
 
 class _Table(ctypes.Structure):
@@ -29,33 +37,54 @@ class _Table(ctypes.Structure):
 _joined: ctypes.CDLL | None = None  # the kernels whose group of GPUs this process is in
 
 
-def join_gpus(device: int, step_timeout_s: float = 600.0, kernels: ctypes.CDLL = LIBRARY) -> None:
+def join_gpus(
+    device: int, step_timeout_s: float = 600.0, kernels: ctypes.CDLL = LIBRARY, nccl: Path | None = None
+) -> str | None:
     """Joins this rank's GPU to those of all ranks; returns when all have.
 
     Every rank calls it, after ops.collective.join_group. The group lasts as long as the process; joining again does
-    nothing.
+    nothing. The variable PADDLE_MIXTRAL_GPU_COLLECTIVES, set to ipc or nccl, allows that way alone.
 
     Args:
         device: the number of this rank's GPU, as this process counts them.
-        step_timeout_s: seconds an operator waits on the GPU for the other ranks.
+        step_timeout_s: seconds an operator waits for the other ranks.
         kernels: the library that has them.
+        nccl: NCCL's library; None: the installed one.
+
+    Returns:
+        Which way was taken, and why, for the log; None where this process had joined already.
 
     Raises:
-        ValueError: a GPU refused its part, such as two that cannot reach each other's memory, or another rank died.
+        ValueError: a GPU refused its part, no way is open between the GPUs, or another rank died.
     """
     global _joined
     if _joined is not None:
-        return
+        return None
     rank, world_size = group()
-    handle = np.zeros((1, HANDLE_BYTES), np.uint8)
+    asked = os.environ.get(WAY_VARIABLE, "")
+    if asked not in ("", "ipc", "nccl"):
+        raise ValueError(f"{WAY_VARIABLE} is '{asked}', needs ipc or nccl; leave it unset to have it chosen")
+    handle = np.zeros(HANDLE_BYTES, np.uint8)
     kernels.pm_cuda_group_create.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double, ctypes.c_void_p]
-    kernels.pm_cuda_group_open.argtypes = [ctypes.c_void_p]
     _check(kernels, kernels.pm_cuda_set_device(device))
     _check(kernels, kernels.pm_cuda_group_create(rank, world_size, step_timeout_s, handle.ctypes.data))
-    handles = _gather(handle, world_size)
-    _check(kernels, kernels.pm_cuda_group_open(handles.ctypes.data))
-    _gather(handle, world_size)  # a rank that was refused is noticed here, not by waiting for it on the GPU
+    for other, theirs in enumerate(_gather_texts(asked)):
+        if theirs != asked:
+            raise ValueError(
+                f"{WAY_VARIABLE} is '{asked}' on rank {rank} and '{theirs}' on rank {other}; set it alike, or nowhere"
+            )
+    refusal = f"{WAY_VARIABLE} is nccl" if asked == "nccl" else _map_memory(kernels, handle)
+    if not refusal:
+        way = "CUDA IPC"
+    elif asked == "ipc":
+        raise ValueError(
+            f"{WAY_VARIABLE} is ipc, but the GPUs do not share their memory ({refusal}); set it to nccl, or unset it"
+        )
+    else:
+        way = f"NCCL {_connect_nccl(kernels, nccl, refusal)} ({refusal})"
+    _gather(handle)  # a rank that was refused is noticed here, not by waiting for it on the GPU
     _joined = kernels
+    return f"sums of {world_size} ranks' GPUs: through {way}"
 
 
 def check_gpus() -> None:
@@ -70,9 +99,65 @@ def check_gpus() -> None:
     raise ValueError(f"{LOST}: {_last_error(_joined)}" if status == PEER_LOST else _last_error(_joined))
 
 
-def _gather(handle: np.ndarray, world_size: int) -> np.ndarray:
-    """The handles of all ranks, in rank order. A gather only copies, so that bytes may pass as float32."""
-    return all_gather(paddle.to_tensor(handle.view(np.float32), place=paddle.CPUPlace()), world_size).numpy()
+def _map_memory(kernels: ctypes.CDLL, handle: np.ndarray) -> str:
+    """Opens the group by CUDA IPC; why that cannot be, the same on every rank, or nothing.
+
+    Mapping is tried, not asked for: what cudaDeviceCanAccessPeer says of two GPUs does not tell whether two processes,
+    perhaps in containers, can share their memory.
+    """
+    kernels.pm_cuda_group_open.argtypes = [ctypes.c_void_p]
+    handles = _gather(handle)
+    opened = kernels.pm_cuda_group_open(handles.ctypes.data) == 0
+    refusals = _gather_texts("" if opened else _last_error(kernels))
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text), "")
+
+
+def _connect_nccl(kernels: ctypes.CDLL, library: Path | None, why: str) -> str:
+    """Opens the group by NCCL; its version."""
+    library = library or _find_nccl()
+    kernels.pm_cuda_nccl_load.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
+    kernels.pm_cuda_nccl_id.argtypes = [ctypes.c_void_p]
+    kernels.pm_cuda_group_open_nccl.argtypes = [ctypes.c_void_p]
+    code = ctypes.c_int()
+    if kernels.pm_cuda_nccl_load(os.fsencode(library), ctypes.byref(code)) != 0:
+        raise ValueError(
+            f"the GPUs need NCCL ({why}), which cannot be loaded: {_last_error(kernels)}; pip install nvidia-nccl-cu13 "
+            "(nvidia-nccl-cu12 where nvidia-smi says CUDA 12), or have the folder of libnccl.so.2 in LD_LIBRARY_PATH"
+        )
+    nccl_id = np.zeros(NCCL_ID_BYTES, np.uint8)
+    if group()[0] == 0:
+        _check(kernels, kernels.pm_cuda_nccl_id(nccl_id.ctypes.data))
+    ids = _gather(nccl_id)
+    _check(kernels, kernels.pm_cuda_group_open_nccl(ids.ctypes.data))  # the first is rank 0's
+    major, minor, patch = code.value // 10000, code.value // 100 % 100, code.value % 100
+    return f"{major}.{minor}.{patch}" if major else str(code.value)  # before 2.9 numbered otherwise
+
+
+def _find_nccl() -> Path:
+    """NCCL of the package from PyPI, which the loader does not look for; else what the loader finds, or has loaded."""
+    try:
+        package = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:  # of nvidia
+        package = None
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        if (file := Path(folder) / "lib" / NCCL_FILE).exists():
+            return file
+    return Path(NCCL_FILE)
+
+
+def _gather_texts(text: str) -> list[str]:
+    """Every rank's text, in rank order; a long one loses its end."""
+    row = np.zeros(_REASON_BYTES, np.uint8)
+    given = text.encode()[:_REASON_BYTES]
+    row[: len(given)] = np.frombuffer(given, np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in _gather(row)]
+
+
+def _gather(row: np.ndarray) -> np.ndarray:
+    """The bytes [n] of all ranks [world_size, n], in rank order. A gather only copies, so they may pass as float32."""
+    world_size = group()[1]
+    mine = paddle.to_tensor(row.view(np.float32)[None], place=paddle.CPUPlace())
+    return all_gather(mine, world_size).numpy().view(np.uint8).reshape(world_size, -1)
 
 
 def _check(kernels: ctypes.CDLL, status: int) -> None:

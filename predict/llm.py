@@ -86,7 +86,9 @@ class LLM:
         ranks = ranks or alone()
         self.place = gpu_place(ranks.rank) if device == "gpu" else None
         if self.place is not None and ranks.world_size > 1 and is_cuda(self.place):
-            join_gpus(device_number(self.place))
+            way = join_gpus(device_number(self.place))
+            if way and ranks.rank == 0:
+                print(way, file=sys.stderr)
         library.set_num_threads(ranks.local_threads if threads is None else threads)
         self.ranks, self.chat_template = ranks, chat_template
         self.max_num_seqs = positive("max_num_seqs", max_num_seqs)

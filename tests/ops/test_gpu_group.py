@@ -3,75 +3,92 @@
 import ctypes
 import multiprocessing
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ops.collective import group, join_group
 from ops.csrc import nvcc
-from ops.gpu_group import check_gpus, join_gpus
+from ops.gpu_group import WAY_VARIABLE, check_gpus, join_gpus
 from tests.gpu.table import KernelError, Kernels
 from tests.ops.cuda_emulation import build
+from tests.ops.emulated_ranks import build_nccl
 
 RANKS = multiprocessing.get_context("spawn")
 WORLD = 3
+NO_PEERS = "rank 0: mapping the memory of rank 1's GPU: peer access is not supported between these two devices"
 
 
-def sums(library: str) -> float:
-    """Joins twice, the second time in vain, and adds up one number of each rank."""
-    for _ in range(2):
-        join_gpus(0, kernels=ctypes.CDLL(library))
+def add_up(library: str, size: int = 1) -> np.ndarray:
+    """The sum of 10 to the power of each rank."""
+    x = np.full(size, 10.0 ** group()[0], np.float32)
+    pointer = x.ctypes.data_as(ctypes.c_void_p)
+    Kernels(library).all_reduce(pointer, pointer, size, None)
     check_gpus()
-    x = np.array([10.0 ** group()[0]], np.float32)
-    Kernels(library).all_reduce(x.ctypes.data_as(ctypes.c_void_p), x.ctypes.data_as(ctypes.c_void_p), 1, None)
+    return x
+
+
+def sums(library: str, nccl: Path | None) -> tuple[str | None, float]:
+    """Joins twice, the second time in vain."""
     check_gpus()
-    return x.item()
+    way = join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl)
+    assert join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl) is None
+    check_gpus()
+    return way, add_up(library).item()
 
 
-def refused(library: str) -> float:
+def refused(library: str, nccl: Path | None) -> None:
     """Rank 1 asks for a GPU that there is not."""
-    join_gpus(7 if group()[0] == 1 else 0, kernels=ctypes.CDLL(library))
-    return 0.0
+    join_gpus(7 if group()[0] == 1 else 0, kernels=ctypes.CDLL(library), nccl=nccl)
 
 
-def missed(library: str) -> float:
+def missed(library: str, nccl: Path | None) -> None:
     """Rank 1 does not come to a sum."""
-    join_gpus(0, 0.1, ctypes.CDLL(library))
-    x = np.ones(1, np.float32)
+    join_gpus(0, 0.1, ctypes.CDLL(library), nccl)
     if group()[0] != 1:
-        Kernels(library).all_reduce(x.ctypes.data_as(ctypes.c_void_p), x.ctypes.data_as(ctypes.c_void_p), 1, None)
-    check_gpus()
-    return 0.0
+        add_up(library)
 
 
-def differ(library: str) -> float:
+def differ(library: str, nccl: Path | None) -> None:
     """Rank 2 adds up other numbers than the others."""
-    join_gpus(0, kernels=ctypes.CDLL(library))
-    x = np.ones(2, np.float32)
-    size = 2 if group()[0] == 2 else 1
-    Kernels(library).all_reduce(x.ctypes.data_as(ctypes.c_void_p), x.ctypes.data_as(ctypes.c_void_p), size, None)
-    check_gpus()
-    return 0.0
+    join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl)
+    add_up(library, 2 if group()[0] == 2 else 1)
 
 
-def in_a_rank(function, library: str, name: str, rank: int, found) -> None:
+def ask_otherwise(library: str, nccl: Path | None) -> None:
+    """The variable is set on rank 1 alone."""
+    if group()[0] == 1:
+        os.environ[WAY_VARIABLE] = "nccl"
+    join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl)
+
+
+def find_nccl(library: str, nccl: Path | None) -> str | None:
+    """NCCL is a package on Python's path, as PyPI's is."""
+    assert nccl
+    sys.path.insert(0, str(nccl.parents[3]))
+    return join_gpus(0, kernels=ctypes.CDLL(library))
+
+
+def in_a_rank(function, library: str, nccl: Path | None, name: str, rank: int, found) -> None:
     join_group(name, rank, WORLD, 60)
     try:
-        found.send(function(library))
+        found.send(function(library, nccl))
     except (ValueError, KernelError) as error:
         found.send(str(error))
 
 
 @pytest.fixture(scope="module")
 def run():
-    """run(function) -> what it returned or raised, by rank."""
+    """run(function, nccl) -> what it returned or raised, by rank."""
     library = str(build("kernels", nvcc.sources()))
 
-    def run(function) -> list[float | str]:
+    def run(function, nccl: Path | None = None) -> list:
         pipes = [RANKS.Pipe() for _ in range(WORLD)]
         name = f"test-gpus-{os.getpid()}-{function.__name__}"
         processes = [
-            RANKS.Process(target=in_a_rank, args=(function, library, name, rank, pipes[rank][1]))
+            RANKS.Process(target=in_a_rank, args=(function, library, nccl, name, rank, pipes[rank][1]))
             for rank in range(WORLD)
         ]
         for process, (_, child) in zip(processes, pipes, strict=True):
@@ -85,13 +102,77 @@ def run():
     return run
 
 
+@pytest.fixture(scope="module")
+def nccl(tmp_path_factory) -> Path:
+    """The stand-in for NCCL, in a folder as its package has it."""
+    folder = tmp_path_factory.mktemp("packages") / "nvidia" / "nccl" / "lib"
+    folder.mkdir(parents=True)
+    return Path(build_nccl(folder))
+
+
+@pytest.fixture
+def no_peer_access(tmp_path, monkeypatch) -> None:
+    """No GPU maps another's memory; NCCL's messages have a folder."""
+    monkeypatch.setenv("CUDA_EMULATION_NO_PEER_ACCESS", "1")
+    monkeypatch.setenv("NCCL_STAND_IN_FOLDER", str(tmp_path))
+
+
 def test_the_gpus_of_all_ranks_meet(run):
-    assert run(sums) == [111.0] * WORLD
+    assert run(sums) == [("sums of 3 ranks' GPUs: through CUDA IPC", 111.0)] * WORLD
+
+
+def test_gpus_that_do_not_share_memory_meet_by_nccl(run, nccl, no_peer_access):
+    assert run(sums, nccl) == [(f"sums of 3 ranks' GPUs: through NCCL 2.27.3 ({NO_PEERS})", 111.0)] * WORLD
+
+
+def test_nccl_is_found_where_its_package_is_installed(run, nccl, no_peer_access):
+    assert run(find_nccl, nccl) == [f"sums of 3 ranks' GPUs: through NCCL 2.27.3 ({NO_PEERS})"] * WORLD
+
+
+def test_without_nccl_it_is_said_how_to_get_it(run, no_peer_access):
+    expected = (
+        f"the GPUs need NCCL ({NO_PEERS}), which cannot be loaded: /nowhere/libnccl.so.2: cannot open shared object "
+        "file: No such file or directory; pip install nvidia-nccl-cu13 (nvidia-nccl-cu12 where nvidia-smi says CUDA "
+        "12), or have the folder of libnccl.so.2 in LD_LIBRARY_PATH"
+    )
+    assert run(sums, Path("/nowhere/libnccl.so.2")) == [expected] * WORLD
+
+
+def test_the_way_can_be_asked_for(run, nccl, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_STAND_IN_FOLDER", str(tmp_path))
+    monkeypatch.setenv(WAY_VARIABLE, "nccl")
+    reason = f"{WAY_VARIABLE} is nccl"
+    assert run(sums, nccl) == [(f"sums of 3 ranks' GPUs: through NCCL 2.27.3 ({reason})", 111.0)] * WORLD
+    monkeypatch.setenv(WAY_VARIABLE, "ipc")
+    assert run(sums, nccl) == [("sums of 3 ranks' GPUs: through CUDA IPC", 111.0)] * WORLD
+
+
+def test_a_way_that_is_not_open_is_refused(run, nccl, no_peer_access, monkeypatch):
+    monkeypatch.setenv(WAY_VARIABLE, "ipc")
+    expected = (
+        f"{WAY_VARIABLE} is ipc, but the GPUs do not share their memory ({NO_PEERS}); set it to nccl, or unset it"
+    )
+    assert run(sums, nccl) == [expected] * WORLD
+
+
+def test_a_way_that_is_none_is_refused(run, monkeypatch):
+    monkeypatch.setenv(WAY_VARIABLE, "mpi")
+    expected = f"{WAY_VARIABLE} is 'mpi', needs ipc or nccl; leave it unset to have it chosen"
+    assert run(sums) == [expected] * WORLD
+
+
+def test_ranks_that_ask_for_other_ways_are_refused(run):
+    advice = "; set it alike, or nowhere"
+    assert run(ask_otherwise) == [
+        f"{WAY_VARIABLE} is '' on rank 0 and 'nccl' on rank 1{advice}",
+        f"{WAY_VARIABLE} is 'nccl' on rank 1 and '' on rank 0{advice}",
+        f"{WAY_VARIABLE} is '' on rank 2 and 'nccl' on rank 1{advice}",
+    ]
 
 
 def test_a_wait_in_vain_is_told(run):
     first, second, third = run(missed)
-    assert second == 0.0  # it missed nobody
+    assert second is None  # it missed nobody
     lost = "another rank of this job died or did not answer in time; see its log (log/workerlog.*): "
     assert first == f"{lost}rank 1 did not come to all_reduce of [1] of rank 0 within 0.1 s"
     assert third == f"{lost}rank 1 did not come to all_reduce of [1] of rank 2 within 0.1 s"

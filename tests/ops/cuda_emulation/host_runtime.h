@@ -6,7 +6,14 @@
 #include <string>
 #include <tuple>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorPeerAccessUnsupported = 217,
+  cudaErrorLaunchFailure = 719
+};
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
@@ -32,6 +39,7 @@ inline std::map<const void*, size_t>& shared_limits() {
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return simt::launch_error().c_str();
+  if (error == cudaErrorPeerAccessUnsupported) return "peer access is not supported between these two devices";
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "out of memory";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -52,6 +60,10 @@ cudaError_t cudaMemcpyFromSymbol(void* to, const Symbol& symbol, size_t bytes) {
 }
 inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -61,7 +61,9 @@ inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* p) {
   snprintf(handle->reserved, sizeof(handle->reserved), "/proc/%d/fd/%d", getpid(), found->second.file);
   return cudaSuccess;
 }
+// With CUDA_EMULATION_NO_PEER_ACCESS set, no GPU reaches another's memory.
 inline cudaError_t cudaIpcOpenMemHandle(void** p, cudaIpcMemHandle_t handle, unsigned) {
+  if (getenv("CUDA_EMULATION_NO_PEER_ACCESS")) return cudaErrorPeerAccessUnsupported;
   return simt::map_file(p, open(handle.reserved, O_RDWR | O_CLOEXEC));
 }
 inline cudaError_t cudaIpcCloseMemHandle(void* p) { return cudaFree(p); }

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "collective.cuh"
+#include "nccl.h"
 
 namespace pm::cuda {
 namespace {
@@ -10,9 +11,9 @@ namespace {
 // The host's.
 struct Membership {
   Group group = {};
-  Failure* failure = nullptr;  // null where there is no group
+  Report* report = nullptr;  // null where there is no group
   double step_timeout_s = 0;
-  bool open = false;
+  enum { closed, by_ipc, by_nccl } way = closed;
 };
 Membership membership;
 
@@ -28,93 +29,124 @@ struct CallText {
   }
 };
 
-int ready() {
-  if (!membership.open) return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_create and pm_cuda_group_open first");
-  const Failure& failure = *membership.failure;
-  const auto status = static_cast<pm_status>(__atomic_load_n(&failure.status, __ATOMIC_ACQUIRE));
-  if (status == PM_RANKS_DISAGREE)
-    return fail(status, "rank %d called %s where rank %d called %s; give every rank the same command and artefact",
-                membership.group.rank, CallText(failure.mine).text, failure.rank, CallText(failure.theirs).text);
-  if (status == PM_PEER_LOST)
-    return fail(status, "rank %d did not come to %s of rank %d within %g s", failure.rank, CallText(failure.mine).text,
-                membership.group.rank, membership.step_timeout_s);
-  return PM_OK;
-}
-
 }  // namespace
 
+int group_status() {
+  if (membership.way == Membership::closed)
+    return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_create and pm_cuda_group_open first");
+  const Report& report = *membership.report;
+  const auto status = static_cast<pm_status>(__atomic_load_n(&report.status, __ATOMIC_ACQUIRE));
+  if (status == PM_OK) return PM_OK;
+  const int rank = membership.group.rank;
+  if (status == PM_RANKS_DISAGREE)
+    return fail(status, "rank %d called %s where rank %d called %s; give every rank the same command and artefact", rank,
+                CallText(report.mine).text, report.rank, CallText(report.theirs).text);
+  if (membership.way == Membership::by_ipc)
+    return fail(status, "rank %d did not come to %s of rank %d within %g s", report.rank, CallText(report.mine).text, rank,
+                membership.step_timeout_s);
+  if (const char* error = nccl_error()) return fail(status, "NCCL reports on rank %d: %s", rank, error);
+  return fail(status, "no collective of rank %d by NCCL has ended for %g s", rank, membership.step_timeout_s);
+}
+
 int all_reduce(const float* x, float* y, int64_t n, void* stream) {
-  if (const int status = ready()) return status;
-  return all_reduce_by_ipc(membership.group, x, y, n, all_reduce_word(n), stream);
+  if (const int status = group_status()) return status;
+  const auto reduce = membership.way == Membership::by_ipc ? all_reduce_by_ipc : all_reduce_by_nccl;
+  return reduce(membership.group, x, y, n, all_reduce_word(n), stream);
 }
 
 int all_gather(const float* x, float* y, int64_t rows, int64_t cols, void* stream) {
-  if (const int status = ready()) return status;
+  if (const int status = group_status()) return status;
   if (rows > kMostRowsOrColumns || cols > kMostRowsOrColumns || rows * cols > UINT32_MAX)
     return fail(
         PM_UNSUPPORTED,
         "all_gather between GPUs takes less than 2^23 rows and columns and 2^32 numbers of a rank; x is [%lld, %lld]",
         static_cast<long long>(rows), static_cast<long long>(cols));
-  return all_gather_by_ipc(membership.group, x, y, rows, cols, all_gather_word(rows, cols), stream);
+  const auto gather = membership.way == Membership::by_ipc ? all_gather_by_ipc : all_gather_by_nccl;
+  return gather(membership.group, x, y, rows, cols, all_gather_word(rows, cols), stream);
 }
 
 namespace {
 
 int create_group(int rank, int world, double step_timeout_s, void* handle) {
-  if (membership.failure) return fail(PM_UNSUPPORTED, "this process already has a group of GPUs: pm_cuda_group_leave first");
+  if (membership.report) return fail(PM_UNSUPPORTED, "this process already has a group of GPUs: pm_cuda_group_leave first");
   if (world < 1 || world > PM_MAX_RANKS || rank < 0 || rank >= world)
     return fail(PM_UNSUPPORTED, "rank %d of %d ranks; a group of GPUs has 1 to %d", rank, world, PM_MAX_RANKS);
   void *buffer = nullptr, *host = nullptr, *host_on_device = nullptr;
   int status = check(cudaMalloc(&buffer, sizeof(Buffer)), "a buffer for collectives");
   if (status == PM_OK) status = check(cudaMemset(buffer, 0, sizeof(Buffer)), "clearing it");
   if (status == PM_OK) status = check(cudaDeviceSynchronize(), "clearing it");
-  if (status == PM_OK) status = check(cudaHostAlloc(&host, sizeof(Failure), cudaHostAllocMapped), "a word for the host");
-  if (status == PM_OK) status = check(cudaHostGetDevicePointer(&host_on_device, host, 0), "a word for the host");
-  cudaIpcMemHandle_t ipc;
-  if (status == PM_OK) status = check(cudaIpcGetMemHandle(&ipc, buffer), "sharing it with other processes");
+  if (status == PM_OK) status = check(cudaHostAlloc(&host, sizeof(Report), cudaHostAllocMapped), "memory of the host");
+  if (status == PM_OK) status = check(cudaHostGetDevicePointer(&host_on_device, host, 0), "memory of the host");
   if (status != PM_OK) {
     if (host) cudaFreeHost(host);
     if (buffer) cudaFree(buffer);
     return status;
   }
+  cudaIpcMemHandle_t ipc = {};
   static_assert(sizeof ipc == PM_CUDA_HANDLE_BYTES, "what callers move");
+  if (cudaIpcGetMemHandle(&ipc, buffer) != cudaSuccess) {
+    (void)cudaGetLastError();  // or another call would report it
+    ipc = {};
+  }
   memcpy(handle, &ipc, sizeof ipc);
-  memset(host, 0, sizeof(Failure));
+  memset(host, 0, sizeof(Report));
   Group& g = membership.group;
   g.rank = rank;
   g.world = world;
   g.buffers[rank] = static_cast<Buffer*>(buffer);
   g.timeout = step_timeout_s < 1e9 ? static_cast<uint64_t>(step_timeout_s * 1e9) : UINT64_MAX;
-  g.failure = static_cast<Failure*>(host_on_device);
+  g.report = static_cast<Report*>(host_on_device);
   membership.step_timeout_s = step_timeout_s;
-  membership.failure = static_cast<Failure*>(host);
+  membership.report = static_cast<Report*>(host);
   return PM_OK;
 }
 
+int not_created() { return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_create first"); }
+
 int open_group(const void* handles) {
-  if (!membership.failure) return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_create first");
+  if (!membership.report) return not_created();
   Group& g = membership.group;
+  const cudaIpcMemHandle_t none = {};
   for (int r = 0; r < g.world; ++r) {
     if (g.buffers[r]) continue;  // its own, or mapped already
     cudaIpcMemHandle_t ipc;
     memcpy(&ipc, static_cast<const char*>(handles) + r * PM_CUDA_HANDLE_BYTES, sizeof ipc);
+    if (memcmp(&ipc, &none, sizeof ipc) == 0) return fail(PM_UNSUPPORTED, "rank %d's GPU does not share its memory", r);
     void* buffer = nullptr;
-    const int status = check(cudaIpcOpenMemHandle(&buffer, ipc, cudaIpcMemLazyEnablePeerAccess), "mapping a rank's buffer");
-    if (status != PM_OK) return status;
+    if (const cudaError_t error = cudaIpcOpenMemHandle(&buffer, ipc, cudaIpcMemLazyEnablePeerAccess)) {
+      (void)cudaGetLastError();  // or another call would report it
+      return fail(PM_UNSUPPORTED, "mapping the memory of rank %d's GPU: %s", r, cudaGetErrorString(error));
+    }
     g.buffers[r] = static_cast<Buffer*>(buffer);
   }
-  membership.open = true;
+  membership.way = Membership::by_ipc;
   return PM_OK;
 }
 
+int open_nccl_group(const void* id) {
+  if (!membership.report) return not_created();
+  if (!loaded_nccl()) return fail(PM_NOT_CONNECTED, "no NCCL: pm_cuda_nccl_load first");
+  if (const int status = open_by_nccl(membership.group, membership.report, membership.step_timeout_s, id)) return status;
+  membership.way = Membership::by_nccl;
+  return PM_OK;
+}
+
+int new_nccl_id(void* id) {
+  const Nccl* const nccl = loaded_nccl();
+  if (!nccl) return fail(PM_NOT_CONNECTED, "no NCCL: pm_cuda_nccl_load first");
+  const int result = nccl->GetUniqueId(static_cast<NcclId*>(id));
+  return result == kNcclSuccess ? PM_OK : fail(PM_LAUNCH_FAILED, "NCCL makes no id: %s", nccl->GetErrorString(result));
+}
+
 void leave_group() {
-  if (!membership.failure) return;
+  if (!membership.report) return;
   Group& g = membership.group;
   cudaDeviceSynchronize();
+  close_nccl();
   for (int r = 0; r < g.world; ++r)
     if (r != g.rank && g.buffers[r]) cudaIpcCloseMemHandle(g.buffers[r]);
   cudaFree(g.buffers[g.rank]);
-  cudaFreeHost(membership.failure);
+  cudaFreeHost(membership.report);
   membership = Membership();
 }
 
@@ -127,5 +159,8 @@ PM_EXPORTED int pm_cuda_group_create(int rank, int world, double step_timeout_s,
   return pm::cuda::create_group(rank, world, step_timeout_s, handle);
 }
 PM_EXPORTED int pm_cuda_group_open(const void* handles) { return pm::cuda::open_group(handles); }
-PM_EXPORTED int pm_cuda_group_status(void) { return pm::cuda::ready(); }
+PM_EXPORTED int pm_cuda_nccl_load(const char* library, int* version) { return pm::cuda::load_nccl(library, version); }
+PM_EXPORTED int pm_cuda_nccl_id(void* id) { return pm::cuda::new_nccl_id(id); }
+PM_EXPORTED int pm_cuda_group_open_nccl(const void* id) { return pm::cuda::open_nccl_group(id); }
+PM_EXPORTED int pm_cuda_group_status(void) { return pm::cuda::group_status(); }
 PM_EXPORTED void pm_cuda_group_leave(void) { pm::cuda::leave_group(); }

@@ -40,22 +40,37 @@ int pm_cpu_all_gather(const float* x, float* y, int64_t rows, int64_t cols, void
 int pm_cpu_broadcast(void* x, int64_t bytes, void* stream);
 int pm_cpu_group_alive(void);
 
-// The same between the GPUs of one machine, which must reach each other's memory: the table's all_reduce and all_gather
-// (device.h). Sums in rank order, so the same bits on every rank, however long the message; all ranks make the same calls in
-// the same order, each on one stream at a time.
+// The same between the GPUs of one machine: the table's all_reduce and all_gather (device.h). Sums in rank order, so the
+// same bits on every rank, however long the message and whichever way it goes; all ranks make the same calls in the same
+// order, each on one stream at a time.
 //
-// pm_cuda_group_create  this process' part, of its current GPU, for world ranks (1..16): PM_CUDA_HANDLE_BYTES to `handle`,
-//                       which the caller moves to all other ranks. A wait longer than step_timeout_s (it may be infinite) is
-//                       a lost peer.
-// pm_cuda_group_open    the handles of all ranks, in rank order [world, PM_CUDA_HANDLE_BYTES]: the group is there.
-// pm_cuda_group_status  PM_OK; PM_NOT_CONNECTED; PM_PEER_LOST once a wait took too long; PM_RANKS_DISAGREE once another rank
-//                       was seen to make another call (operator or sizes): what that call and all later ones wrote is of no
-//                       use. It asks the host's memory alone, so after a step's results have been waited for.
-// pm_cuda_group_leave   waits for this GPU and gives everything back; only when all ranks are past their last call.
+// pm_cuda_group_create     this process' part, of its current GPU, for world ranks (1..16): PM_CUDA_HANDLE_BYTES to
+// `handle`,
+//                          which the caller moves to all other ranks (zeros where the GPU does not share its memory). A wait
+//                          longer than step_timeout_s (it may be infinite) is a lost peer.
+// Then one of the two, the same on every rank:
+// pm_cuda_group_open       the handles of all ranks, in rank order [world, PM_CUDA_HANDLE_BYTES]: the group is there.
+//                          PM_UNSUPPORTED where a rank's memory cannot be mapped; the group may then be opened by NCCL.
+// pm_cuda_group_open_nccl  for GPUs that do not map one another's memory: returns when all ranks have called it with the
+//                          same id, PM_CUDA_NCCL_ID_BYTES, or PM_PEER_LOST. Ranks on one GPU are refused. Its calls cannot
+//                          be captured into a graph.
+//
+// pm_cuda_nccl_load        opens NCCL's library (dlopen): before the next two. *version as NCCL numbers it: 22703 is 2.27.3.
+//                          PM_UNSUPPORTED where it cannot be used.
+// pm_cuda_nccl_id          a new id, which one rank makes for all.
+//
+// pm_cuda_group_status     PM_OK; PM_NOT_CONNECTED; PM_PEER_LOST once a wait took too long; PM_RANKS_DISAGREE once another
+//                          rank was seen to make another call (operator or sizes): what that call and all later ones wrote
+//                          is of no use. It asks the host's memory alone, so after a step's results have been waited for.
+// pm_cuda_group_leave      waits for this GPU and gives everything back; only when all ranks are past their last call.
 // Status as device.h says, the text in the table's last_error().
 #define PM_CUDA_HANDLE_BYTES 64
+#define PM_CUDA_NCCL_ID_BYTES 128
 int pm_cuda_group_create(int rank, int world, double step_timeout_s, void* handle);
 int pm_cuda_group_open(const void* handles);
+int pm_cuda_group_open_nccl(const void* id);
+int pm_cuda_nccl_load(const char* library, int* version);
+int pm_cuda_nccl_id(void* id);
 int pm_cuda_group_status(void);
 void pm_cuda_group_leave(void);
 
