@@ -5,6 +5,8 @@ and workspace(bytes).
 """
 
 import ctypes
+import os
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +14,8 @@ import numpy as np
 
 from ops.csrc import nvcc
 from tests.gpu.table import Kernels
-from tests.ops.cuda_emulation import ROOT, Emulation, build
+from tests.ops.cuda_emulation import FOLDER, ROOT, Emulation, build
+from tests.ops.emulated_ranks import build_nccl
 
 
 class Array(Protocol):
@@ -30,6 +33,17 @@ class Device(Protocol):
     path: Path  # of the kernels' library
     kernels: Kernels
     stream: int | None
+
+    def __init__(self, path: Path | None = None) -> None: ...
+
+    def count(self) -> int:
+        """Devices of this kind."""
+
+    def use(self, number: int) -> None:
+        """Makes device `number` this one, before anything is on it."""
+
+    def nccl(self) -> str:
+        """The library to be taken for NCCL's."""
 
     def array(self, x: np.ndarray) -> Array: ...
 
@@ -68,6 +82,17 @@ class EmulatedDevice:
         self.path = path or build("kernels", nvcc.sources())
         self.emulation, self.kernels = Emulation(self.path), Kernels(self.path)
 
+    def count(self) -> int:
+        return 3  # as many as processes, in fact
+
+    def use(self, number: int) -> None:
+        pass
+
+    def nccl(self) -> str:
+        self.messages = tempfile.TemporaryDirectory()
+        os.environ["NCCL_STAND_IN_FOLDER"] = self.messages.name
+        return build_nccl(FOLDER)
+
     def empty(self, shape: tuple[int, ...], dtype: type) -> _EmulatedArray:
         return _EmulatedArray(self.emulation, shape, dtype)
 
@@ -101,6 +126,17 @@ class TorchDevice:
         self.torch, self.kernels = torch, Kernels(self.path)
         self.name = torch.cuda.get_device_name()
         self.stream = torch.cuda.current_stream().cuda_stream
+
+    def count(self) -> int:
+        return self.torch.cuda.device_count()
+
+    def use(self, number: int) -> None:
+        self.torch.cuda.set_device(number)
+        assert self.kernels.library.pm_cuda_set_device(number) == 0, self.kernels.text()
+        self.stream = self.torch.cuda.current_stream().cuda_stream
+
+    def nccl(self) -> str:
+        return "libnccl.so.2"  # PyTorch has loaded it
 
     @property
     def architecture(self) -> str:
