@@ -53,7 +53,7 @@ def call(function, *arguments):
         (32, 64, 129),
         (33, 9, 40),
         (100, 96, 1100),
-        (17, 520, 60000),
+        (17, 520, 40000),
         (300, 40, 70),
     ],
 )
@@ -166,9 +166,9 @@ def test_rows_of_bf16_do_not_depend_on_their_batch_or_the_threads(emulation, thr
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_nor_on_the_strips_of_a_task(emulation, threads, n):
-    """17 tokens of 30,000 columns are too many for the cache: a task takes several strips, 4 of one thread's."""
+    """17 tokens of 20,000 columns and a strip of weights are too much for the cache: so a task takes several strips."""
     generator = np.random.default_rng(4)
-    x, weight = bits_of(random_bf16(generator, 17, 30000)), pack_bf16(bits_of(random_bf16(generator, 600, 30000)))
+    x, weight = bits_of(random_bf16(generator, 17, 20000)), pack_bf16(bits_of(random_bf16(generator, 600, 20000)))
     threads(n)
     together = linear_bf16(emulation, x, weight, 600)
     for t in (0, 8, 16):

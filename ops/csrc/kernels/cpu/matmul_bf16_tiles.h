@@ -55,7 +55,7 @@ struct TileTokens {
 // Memory for the blocks of up to `count` tokens of K columns.
 struct TileScratch {
   Scratch<uint8_t> data;
-  TileScratch(int64_t count, int64_t K) : data(token_places(count) * TileTokens::tiles_of(K) * kTileRowBytes) {}
+  TileScratch(int64_t count, int64_t K) : data(token_tile_bytes(count, TileTokens::tiles_of(K), 1)) {}
   bool failed() const { return !data.data; }
   TileTokens block(int64_t count, int64_t K) const { return {data.data, {count, kTokenTile}, K}; }
 };

@@ -127,7 +127,7 @@ struct FixedScratch {
   Scratch<int64_t> total;
   int planes;
   FixedScratch(int64_t count, int64_t K, int activation_bits)
-      : data(places(count) * FixedTokens::largest_bytes(K)), scale(count), total(count), planes(activation_bits / 8) {}
+      : data(bytes(count, K, activation_bits / 8)), scale(count), total(count), planes(activation_bits / 8) {}
   bool failed() const { return !data.data || !scale.data || !total.data; }
   FixedTokens block(int64_t count, int64_t K) const {
     const Isa unit = unit_for(count);
@@ -136,11 +136,11 @@ struct FixedScratch {
 
  private:
   static Isa unit_for(int64_t count) { return isa() == Isa::amx && count < kTileUnitWorth ? Isa::avx512_vnni : isa(); }
-  static int64_t places(int64_t count) {
+  static int64_t bytes(int64_t count, int64_t K, [[maybe_unused]] int planes) {
 #if defined(__AVX512F__)
-    if (unit_for(count) == Isa::amx) return token_places(count);
+    if (unit_for(count) == Isa::amx) return token_tile_bytes(count, FixedTokens::tiles_of(K), planes);
 #endif
-    return count;
+    return count * FixedTokens::largest_bytes(K);
   }
   int widest(Isa unit) const {
 #if defined(__AVX512F__)

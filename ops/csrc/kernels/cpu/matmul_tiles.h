@@ -5,10 +5,12 @@
 //             a product, 8 for a load from the first-level cache, 16 for a store and 204 to configure the unit.
 // BLOCKS      of kBlockTiles tiles of columns; sums are kept in memory from one to the next. A block of a strip's weights,
 //             16 KiB, stays in the first-level cache (48 KiB) while all tokens of the task pass by from the second-level
-//             one: in the 512 cycles of a block's products with a pair of token tiles these and their sums load 20 KiB, 40
-//             bytes a cycle of 48 to be had. Without blocks, weights and tokens would load 64.
-// STRIPS      A task has several, up to kTaskStrips, if its tokens do not fit into the second-level cache (2 MiB): a block
-//             of theirs is then read from the third for four strips, 8 bytes a cycle, and not for each, 32.
+//             one. Of that the 512 cycles of a block's products with a pair of token tiles take 16 KiB of tokens, 4 KiB of
+//             sums and, with 128 tokens, 4 KiB of weights: 48 bytes a cycle, as much as it is said to sustain. Without
+//             blocks it were 64, with blocks twice as long, which the first-level cache cannot keep, 72 (so says a model
+//             of both caches, fed by the emulation).
+// STRIPS      A task has several, up to kTaskStrips, if all tokens and a strip do not fit into the second-level cache (2
+//             MiB): a block of tokens is then read from the third for four strips, 8 bytes a cycle, and not for each, 32.
 // MEMORY      A weight is read once for all tokens of a task, up to 256. With 128, what an expert has of 512 tokens, 128
 //             operations a byte of bfloat16: 3.6 TFLOP/s at 28 GB/s. So the next block is asked for while this one is used,
 //             a share of it beside each pair of token tiles.
@@ -30,7 +32,7 @@ constexpr int kTaskTokenTiles = 16;  // of one task, at most
 constexpr int kTaskStrips = 4;       // the same
 constexpr int kTileTaskSums = kTaskStrips * kTaskTokenTiles * kTokenTile * kTile;
 constexpr int kBlockTiles = 8;
-constexpr int64_t kCachedTokenBytes = 1 << 20;  // of tokens, that leave room for weights in the second-level cache
+constexpr int64_t kCachedBytes = 7 << 18;  // in the second-level cache, from one strip to the next
 constexpr int kWeightLines = kTileBytes / kTileRowBytes;
 
 // Tokens as the unit takes them: [token tile][tile of columns][height][64 bytes].
@@ -40,19 +42,19 @@ struct TokenTiles {
   int64_t columns;  // tiles of them
 
   int64_t column_bytes() const { return height * kTileRowBytes; }
-  int64_t tile_bytes() const { return columns * column_bytes(); }
+  // A block more than there are: with 4,096 columns all tiles would begin in the same sets of the second-level cache.
+  int64_t tile_bytes() const { return (columns + kBlockTiles) * column_bytes(); }
   uint8_t* at(int64_t tile, int64_t column) const { return data + tile * tile_bytes() + column * column_bytes(); }
 };
-// What room `count` tokens need, in tokens; fewer never need more.
-inline int64_t token_places(int64_t count) {
+// Of `count` tokens and so many token tiles each; of fewer it is never more.
+inline int64_t token_tile_bytes(int64_t count, int64_t columns, int each) {
   const Panels tiles{count, kTokenTile};
-  return tiles.number() * tiles.height();
+  return tiles.number() * each * TokenTiles{nullptr, tiles.height(), columns}.tile_bytes();
 }
 
-// Strips of a task, of `strips` in all, with `number` token tiles.
+// Strips of a task, of `strips` in all, for `number` token tiles.
 inline int64_t strips_of_task(int64_t strips, const TokenTiles& tokens, int64_t number) {
-  const int64_t together = number < kTaskTokenTiles ? number : kTaskTokenTiles;
-  if (together * tokens.tile_bytes() <= kCachedTokenBytes) return 1;
+  if (number * tokens.tile_bytes() + tokens.columns * kTileBytes <= kCachedBytes) return 1;
   const int64_t share = strips / (pm_num_threads() * 4);  // or some threads would have nothing to do
   return share < 1 ? 1 : share < kTaskStrips ? share : kTaskStrips;
 }
