@@ -285,8 +285,7 @@ struct Experts {
     const RowsOut parts{w2_scale, rooms.parts, PM_F32, of.H};
     if (int status = launch_grouped<Format, Tokens>(rooms.h_tokens, w2, down_strips, i_tiles, lists, parts, stream))
       return status;
-    return launch(sum_kernel, dim3(of.T), dim3(kSumThreads), 0, stream, rooms.parts, rooms.routing, rooms.count, y,
-                  of.H);
+    return launch(sum_kernel, dim3(of.T), dim3(kSumThreads), 0, stream, rooms.parts, rooms.routing, rooms.count, y, of.H);
   }
 };
 
