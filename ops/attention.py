@@ -24,7 +24,8 @@ def append_attention(
     bits of a token's result do not depend on how its sequence is cut into chunks, nor on what else is in the batch.
 
     Args:
-        qkv: [T, (Hq + 2 Hkv) * D] float32 or bfloat16: query heads, key heads, value heads of the T new tokens.
+        qkv: [T, (Hq + 2 Hkv) * D] float32 or bfloat16 (on a GPU bfloat16 or float16): query heads, key heads, value
+            heads of the T new tokens.
         key_cache, value_cache: [num_blocks, Hkv, block_size, D], dtype of qkv; written in place. D even.
         cu_seqlens: [B + 1] int32: sequence b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` (it may own none).
         context_lens: [B] int32: tokens of each sequence already in the cache.

@@ -10,7 +10,7 @@ def embedding(ids: paddle.Tensor, table: paddle.Tensor) -> paddle.Tensor:
 
     Args:
         ids: [T] int32, 0 to V - 1.
-        table: [V, H] float32 or bfloat16.
+        table: [V, H] float32, bfloat16 or, on a GPU, float16.
 
     Returns:
         [T, H] float32.

@@ -13,10 +13,11 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, out_features: int, out_dtype
     With a bfloat16 weight denormal numbers count as zeros.
 
     Args:
-        x: [T, K] float32 or bfloat16, T >= 1; bfloat16 if the weight is.
-        weight: [N, K] float32; or bfloat16 as ops.quantize.pack_bf16 packs it, [ceil(N / 32), ceil(K / 32), 1024].
+        x: [T, K] float32 or bfloat16 (on a GPU bfloat16 or float16), T >= 1; of the weight's type if that has 16 bits.
+        weight: [N, K] float32 (on a CPU); or bfloat16 or (on a GPU) float16 as ops.quantize.pack_bf16 packs it,
+            [ceil(N / 32), ceil(K / 32), 1024].
         out_features: N, which a packed weight does not tell: its last tile may hold rows of zeros.
-        out_dtype: "float32" or "bfloat16".
+        out_dtype: "float32", "bfloat16" or, on a GPU, "float16", in which what is 65,520 or more becomes an infinity.
 
     Returns:
         [T, N] in ``out_dtype``.
@@ -37,10 +38,10 @@ def weight_only_linear(
     A row of the result depends on its row of ``x`` alone, bit for bit.
 
     Args:
-        x: [T, K] float32 or bfloat16, T >= 1, K <= 65536.
+        x: [T, K] float32 or bfloat16 (on a GPU bfloat16 or float16), T >= 1, K <= 65536.
         weight: ops.quantize.pack_int8(q), uint8 [ceil(N / 32), ceil(K / 64), 2048].
         scale: [N] float32.
-        out_dtype: "float32" or "bfloat16".
+        out_dtype: "float32", "bfloat16" or, on a GPU, "float16", in which what is 65,520 or more becomes an infinity.
         activation_bits: 16 or 8.
 
     Returns:

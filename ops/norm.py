@@ -12,7 +12,7 @@ def rms_norm(residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out_dty
         residual: [T, H] float32.
         weight: [H] float32.
         eps: added to the mean square; positive.
-        out_dtype: "float32" or "bfloat16".
+        out_dtype: "float32" or "bfloat16"; on a GPU "bfloat16" or "float16".
 
     Returns:
         [T, H] in ``out_dtype``.
@@ -39,7 +39,7 @@ def add_rms_norm(
         residual, delta: [T, H] float32.
         weight: [H] float32.
         eps: added to the mean square; positive.
-        out_dtype: "float32" or "bfloat16".
+        out_dtype: "float32" or "bfloat16"; on a GPU "bfloat16" or "float16".
         rows: [S] int32: of these rows, 0 to T - 1, in this order; None: of all.
 
     Returns:

@@ -7,7 +7,7 @@
 //             each token and expert, their sum.
 // ORDER       every product as tile.cuh says; scales, SwiGLU and the sum over a token's experts, y = fma(share, w2_scale *
 //             (w2 h), y) in increasing expert index from zero, as on the CPU: with int8 weights y has the CPU's bits. With
-//             weights of 16 bits h is rounded to the activations' type.
+//             weights of 16 bits h is rounded to the activations' type, in float16 to infinity where it is too large.
 // WORKSPACE   at most 2,048 tokens at a time (kSlab), so that it is bounded: of top_k rows a token, with int8 4 I bytes of
 // h,
 //             2 I of it rounded and, where I < H, 4 H - 4 I more; with 16 bits 2 I and 4 H; and 2 H a token. Mixtral-8x7B,
