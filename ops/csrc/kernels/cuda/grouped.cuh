@@ -48,8 +48,9 @@ struct WholeBatch {
 template <class Format, int Tokens>
 struct ManyShape {
   static constexpr int kWeightBytes = kBlockStrips * kTileBytes, kPlaneBytes = Tokens * kTokenBytes;
-  static constexpr int kStageBytes = kWeightBytes + Format::kPlanes * kPlaneBytes;
-  static constexpr int kStages = 4;
+  // A stage is kSteps tiles of K: between two barriers there is work for some 1,000 cycles.
+  static constexpr int kSteps = Tokens <= 64 ? 1 : 2, kStages = Tokens <= 64 ? 4 : 3;
+  static constexpr int kStepBytes = kWeightBytes + Format::kPlanes * kPlaneBytes, kStageBytes = kSteps * kStepBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kWarpGroups = Tokens / kWarpColumns / kGroupTokens;  // groups of eight tokens
   static constexpr int kWeightCopies = kWeightBytes / 16 / kManyThreads;
@@ -110,18 +111,22 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
                ((row >= 0 ? groups.token_row(row) : 0) * static_cast<int64_t>(P) + chunk / 4 / Tokens) * tokens.stride +
                chunk % 4 * 16;
   }
-  const auto copy = [&](int stage) {
-    unsigned char* to = shared + stage * Shape::kStageBytes;
+  const auto copy = [&](int stage, int tile) {
 #pragma unroll
-    for (int i = 0; i < Shape::kWeightCopies; ++i) {
-      const int chunk = i * kManyThreads + threadIdx.x;
-      cp_async_16(to + chunk / kChunks * kTileBytes + place(chunk % kChunks), weights[i], weights_valid[i]);
-      weights[i] += kTileBytes;
-    }
+    for (int step = 0; step < Shape::kSteps; ++step) {
+      if (tile + step >= tiles) return;
+      unsigned char* to = shared + stage * Shape::kStageBytes + step * Shape::kStepBytes;
 #pragma unroll
-    for (int i = 0; i < Shape::kTokenCopies; ++i) {
-      cp_async_16(to + Shape::kWeightBytes + (i * kManyThreads + threadIdx.x) * 16, token[i], token_valid[i]);
-      token[i] += kTokenBytes;
+      for (int i = 0; i < Shape::kWeightCopies; ++i) {
+        const int chunk = i * kManyThreads + threadIdx.x;
+        cp_async_16(to + chunk / kChunks * kTileBytes + place(chunk % kChunks), weights[i], weights_valid[i]);
+        weights[i] += kTileBytes;
+      }
+#pragma unroll
+      for (int i = 0; i < Shape::kTokenCopies; ++i) {
+        cp_async_16(to + Shape::kWeightBytes + (i * kManyThreads + threadIdx.x) * 16, token[i], token_valid[i]);
+        token[i] += kTokenBytes;
+      }
     }
   };
 
@@ -132,22 +137,26 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
   Sum sum[kWarpStrips][G][P][2][4] = {}, quarters[kWarpStrips][G][P][2][4] = {};
 
   for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
-    if (stage < tiles) copy(stage);
+    copy(stage, stage * Shape::kSteps);
     cp_async_commit();
   }
   int left = quarter_tiles(tiles);  // of this quarter
-  for (int tile = 0, stage = 0; tile < tiles; ++tile) {
+  for (int tile = 0, stage = 0; tile < tiles; tile += Shape::kSteps) {
     cp_async_wait<Shape::kStages - 2>();
     __syncthreads();
-    // To where the tile before this one was.
-    if (tile + Shape::kStages - 1 < tiles) copy(stage == 0 ? Shape::kStages - 1 : stage - 1);
+    // To where the stage before this one was.
+    copy(stage == 0 ? Shape::kStages - 1 : stage - 1, tile + (Shape::kStages - 1) * Shape::kSteps);
     cp_async_commit();
-    const unsigned char* at = shared + stage * Shape::kStageBytes;
+    const unsigned char* const stage_at = shared + stage * Shape::kStageBytes;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    TileFragment fragment[kWarpStrips];
+    if (!live) continue;
 #pragma unroll
-    for (int s = 0; s < kWarpStrips; ++s) fragment[s] = load_tile(at + (warp_strip + s) * kTileBytes, lane);
-    if (live) {
+    for (int step = 0; step < Shape::kSteps; ++step) {
+      if (tile + step >= tiles) break;
+      const unsigned char* const at = stage_at + step * Shape::kStepBytes;
+      TileFragment fragment[kWarpStrips];
+#pragma unroll
+      for (int s = 0; s < kWarpStrips; ++s) fragment[s] = load_tile(at + (warp_strip + s) * kTileBytes, lane);
 #pragma unroll
       for (int n = 0; n < G; ++n)
 #pragma unroll
@@ -158,19 +167,19 @@ __global__ void __launch_bounds__(kManyThreads, Tokens <= 64 ? 2 : 1)
 #pragma unroll
           for (int s = 0; s < kWarpStrips; ++s) multiply<Format>(sum[s][n][plane], fragment[s], of_lane);
         }
-    }
-    if constexpr (!Format::kFixed) {
-      if (--left == 0 || tile + 1 == tiles) {
-        left = quarter_tiles(tiles);
+      if constexpr (!Format::kFixed) {
+        if (--left == 0 || tile + step + 1 == tiles) {
+          left = quarter_tiles(tiles);
 #pragma unroll
-        for (int s = 0; s < kWarpStrips; ++s)
+          for (int s = 0; s < kWarpStrips; ++s)
 #pragma unroll
-          for (int n = 0; n < G; ++n)
+            for (int n = 0; n < G; ++n)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              quarters[s][n][0][i / 4][i % 4] += sum[s][n][0][i / 4][i % 4];
-              sum[s][n][0][i / 4][i % 4] = 0;
-            }
+              for (int i = 0; i < 8; ++i) {
+                quarters[s][n][0][i / 4][i % 4] += sum[s][n][0][i / 4][i % 4];
+                sum[s][n][0][i / 4][i % 4] = 0;
+              }
+        }
       }
     }
   }
