@@ -102,14 +102,20 @@ def check_gpus() -> None:
 def _map_memory(kernels: ctypes.CDLL, handle: np.ndarray) -> str:
     """Opens the group by CUDA IPC; why that cannot be, the same on every rank, or nothing.
 
-    Mapping is tried, not asked for: what cudaDeviceCanAccessPeer says of two GPUs does not tell whether two processes,
-    perhaps in containers, can share their memory.
+    Mapping and sharing are tried, not asked for: what cudaDeviceCanAccessPeer says of two GPUs does not tell whether
+    two processes, perhaps in containers or a virtual machine, can share their memory.
     """
     kernels.pm_cuda_group_open.argtypes = [ctypes.c_void_p]
     handles = _gather(handle)
-    opened = kernels.pm_cuda_group_open(handles.ctypes.data) == 0
-    refusals = _gather_texts("" if opened else _last_error(kernels))
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text), "")
+    return _first_refusal(kernels, kernels.pm_cuda_group_open(handles.ctypes.data)) or _first_refusal(
+        kernels, kernels.pm_cuda_group_try()
+    )
+
+
+def _first_refusal(kernels: ctypes.CDLL, status: int) -> str:
+    """Of the ranks' statuses of a call, the text of the first that is not 0."""
+    texts = _gather_texts("" if status == 0 else _last_error(kernels))
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
 
 def _connect_nccl(kernels: ctypes.CDLL, library: Path | None, why: str) -> str:

@@ -1,7 +1,7 @@
 """The ranks of a job: how `python -m paddle.distributed.launch` starts them, and how they end together.
 
-Nothing else knows Paddle's launcher. On CPUs the ranks are processes of one machine and talk through ops.collective;
-paddle.distributed itself is not initialised.
+Nothing else knows Paddle's launcher. The ranks are processes of one machine and talk through ops.collective, by which
+those on GPUs find each other (ops.gpu_group); paddle.distributed itself is not initialised.
 
 How a job ends:
   - every rank that has done its work waits for the others (barrier) and exits with 0, and then the launcher does too;
@@ -164,7 +164,7 @@ def _refuse_several_machines(world_size: int) -> None:
     if local != world_size or len(hosts) > 1:
         raise ValueError(
             f"the job has {world_size} ranks, {local} of them from this machine's launcher (hosts "
-            f"{', '.join(sorted(hosts))}), but ranks on CPUs share memory: start all on one machine with "
+            f"{', '.join(sorted(hosts))}), but the ranks of a job share one machine's memory: start all on one with "
             "--nproc_per_node and without --nnodes or --ips"
         )
 

@@ -33,10 +33,15 @@ def add_up(library: str, size: int = 1) -> np.ndarray:
 def sums(library: str, nccl: Path | None) -> tuple[str | None, float]:
     """Joins twice, the second time in vain."""
     check_gpus()
-    way = join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl)
+    way = join_gpus(0, 30, ctypes.CDLL(library), nccl)
     assert join_gpus(0, kernels=ctypes.CDLL(library), nccl=nccl) is None
     check_gpus()
     return way, add_up(library).item()
+
+
+def sums_soon(library: str, nccl: Path | None) -> tuple[str | None, float]:
+    """As sums, with ranks that wait for a second."""
+    return join_gpus(0, 1.0, ctypes.CDLL(library), nccl), add_up(library).item()
 
 
 def refused(library: str, nccl: Path | None) -> None:
@@ -113,7 +118,7 @@ def nccl(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_peer_access(tmp_path, monkeypatch) -> None:
     """No GPU maps another's memory; NCCL's messages have a folder."""
-    monkeypatch.setenv("CUDA_EMULATION_NO_PEER_ACCESS", "1")
+    monkeypatch.setenv("CUDA_EMULATION_PEER_ACCESS", "none")
     monkeypatch.setenv("NCCL_STAND_IN_FOLDER", str(tmp_path))
 
 
@@ -123,6 +128,16 @@ def test_the_gpus_of_all_ranks_meet(run):
 
 def test_gpus_that_do_not_share_memory_meet_by_nccl(run, nccl, no_peer_access):
     assert run(sums, nccl) == [(f"sums of 3 ranks' GPUs: through NCCL 2.27.3 ({NO_PEERS})", 111.0)] * WORLD
+
+
+@pytest.mark.parametrize(
+    ("access", "found"),
+    [("feigned", "did not end within 1 s"), ("partial", "is wrong: number 1 is 1, not 6")],
+)
+def test_gpus_that_do_not_share_what_they_map_meet_by_nccl(run, nccl, no_peer_access, monkeypatch, access, found):
+    monkeypatch.setenv("CUDA_EMULATION_PEER_ACCESS", access)
+    reason = f"rank 0: a trial sum through mapped memory {found}"
+    assert run(sums_soon, nccl) == [(f"sums of 3 ranks' GPUs: through NCCL 2.27.3 ({reason})", 111.0)] * WORLD
 
 
 def test_nccl_is_found_where_its_package_is_installed(run, nccl, no_peer_access):

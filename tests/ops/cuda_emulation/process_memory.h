@@ -61,10 +61,17 @@ inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* p) {
   snprintf(handle->reserved, sizeof(handle->reserved), "/proc/%d/fd/%d", getpid(), found->second.file);
   return cudaSuccess;
 }
-// With CUDA_EMULATION_NO_PEER_ACCESS set, no GPU reaches another's memory.
+// With CUDA_EMULATION_PEER_ACCESS set to "none" no GPU maps another's memory; to "feigned", what one writes there is never
+// seen; to "partial", what is not in the first pages is not.
 inline cudaError_t cudaIpcOpenMemHandle(void** p, cudaIpcMemHandle_t handle, unsigned) {
-  if (getenv("CUDA_EMULATION_NO_PEER_ACCESS")) return cudaErrorPeerAccessUnsupported;
-  return simt::map_file(p, open(handle.reserved, O_RDWR | O_CLOEXEC));
+  const std::string access = getenv("CUDA_EMULATION_PEER_ACCESS") ? getenv("CUDA_EMULATION_PEER_ACCESS") : "";
+  if (access == "none") return cudaErrorPeerAccessUnsupported;
+  const cudaError_t error = simt::map_file(p, open(handle.reserved, O_RDWR | O_CLOEXEC));
+  if (error != cudaSuccess || access.empty()) return error;
+  const size_t shared = access == "partial" ? 5 * 4096 : 0;
+  mmap(static_cast<char*>(*p) + shared, simt::mappings()[*p].bytes - shared, PROT_READ | PROT_WRITE,
+       MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return cudaSuccess;
 }
 inline cudaError_t cudaIpcCloseMemHandle(void* p) { return cudaFree(p); }
 

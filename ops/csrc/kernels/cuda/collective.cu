@@ -2,11 +2,18 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "collective.cuh"
 #include "nccl.h"
 
 namespace pm::cuda {
 namespace {
+
+// Of a trial: sums in one shot, and (from 3 ranks on) in shares.
+constexpr int kTrials[] = {5, 400'003};
+constexpr uint64_t kTrialSeconds = 10;
 
 // The host's.
 struct Membership {
@@ -123,9 +130,48 @@ int open_group(const void* handles) {
   return PM_OK;
 }
 
+// One sum of n numbers, whose result is known; of integers, so that it is exact.
+int try_sum(const Group& g, int n) {
+  const int64_t ranks = g.world * (g.world + 1) / 2;
+  const auto number = [](int i) { return static_cast<float>(i % 1021); };
+  std::vector<float> host(n);
+  for (int i = 0; i < n; ++i) host[i] = number(i) * static_cast<float>(g.rank + 1);
+  const size_t bytes = n * sizeof(float);
+  void* x = nullptr;
+  int status = check(cudaMalloc(&x, bytes), "numbers for a trial");
+  if (status == PM_OK) status = check(cudaMemcpy(x, host.data(), bytes, cudaMemcpyHostToDevice), "a trial");
+  float* const numbers = static_cast<float*>(x);
+  if (status == PM_OK) status = all_reduce_by_ipc(g, numbers, numbers, n, all_reduce_word(n), nullptr);
+  if (status == PM_OK) status = check(cudaMemcpy(host.data(), x, bytes, cudaMemcpyDeviceToHost), "a trial");
+  cudaFree(x);
+  if (status != PM_OK) return status;
+  if (__atomic_load_n(&membership.report->status, __ATOMIC_ACQUIRE) != PM_OK)
+    return fail(PM_UNSUPPORTED, "a trial sum through mapped memory did not end within %g s",
+                static_cast<double>(g.timeout) * 1e-9);
+  for (int i = 0; i < n; ++i)
+    if (host[i] != number(i) * static_cast<float>(ranks))
+      return fail(PM_UNSUPPORTED, "a trial sum through mapped memory is wrong: number %d is %g, not %g", i, host[i],
+                  number(i) * static_cast<float>(ranks));
+  return PM_OK;
+}
+
+int try_group() {
+  if (membership.way != Membership::by_ipc) return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_open first");
+  Group g = membership.group;
+  g.timeout = std::min<uint64_t>(g.timeout, kTrialSeconds * 1'000'000'000);
+  for (const int n : kTrials)
+    if (const int status = try_sum(g, n)) return status;
+  return PM_OK;
+}
+
 int open_nccl_group(const void* id) {
   if (!membership.report) return not_created();
   if (!loaded_nccl()) return fail(PM_NOT_CONNECTED, "no NCCL: pm_cuda_nccl_load first");
+  // What a trial may have left.
+  Buffer* const buffer = membership.group.buffers[membership.group.rank];
+  if (const int status = check(cudaMemset(buffer, 0, sizeof(Buffer)), "clearing a buffer for collectives")) return status;
+  if (const int status = check(cudaDeviceSynchronize(), "clearing a buffer for collectives")) return status;
+  memset(membership.report, 0, sizeof(Report));
   if (const int status = open_by_nccl(membership.group, membership.report, membership.step_timeout_s, id)) return status;
   membership.way = Membership::by_nccl;
   return PM_OK;
@@ -159,6 +205,7 @@ PM_EXPORTED int pm_cuda_group_create(int rank, int world, double step_timeout_s,
   return pm::cuda::create_group(rank, world, step_timeout_s, handle);
 }
 PM_EXPORTED int pm_cuda_group_open(const void* handles) { return pm::cuda::open_group(handles); }
+PM_EXPORTED int pm_cuda_group_try(void) { return pm::cuda::try_group(); }
 PM_EXPORTED int pm_cuda_nccl_load(const char* library, int* version) { return pm::cuda::load_nccl(library, version); }
 PM_EXPORTED int pm_cuda_nccl_id(void* id) { return pm::cuda::new_nccl_id(id); }
 PM_EXPORTED int pm_cuda_group_open_nccl(const void* id) { return pm::cuda::open_nccl_group(id); }

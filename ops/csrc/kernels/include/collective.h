@@ -51,6 +51,9 @@ int pm_cpu_group_alive(void);
 // Then one of the two, the same on every rank:
 // pm_cuda_group_open       the handles of all ranks, in rank order [world, PM_CUDA_HANDLE_BYTES]: the group is there.
 //                          PM_UNSUPPORTED where a rank's memory cannot be mapped; the group may then be opened by NCCL.
+// pm_cuda_group_try        once all ranks have opened it so: adds up numbers whose sums are known, and waits for them, ten
+//                          seconds at most. PM_UNSUPPORTED where they do not come or are wrong: what could be mapped need
+//                          not be shared in truth (a virtual machine, an IOMMU). The group may then be opened by NCCL.
 // pm_cuda_group_open_nccl  for GPUs that do not map one another's memory: returns when all ranks have called it with the
 //                          same id, PM_CUDA_NCCL_ID_BYTES, or PM_PEER_LOST. Ranks on one GPU are refused. Its calls cannot
 //                          be captured into a graph.
@@ -68,6 +71,7 @@ int pm_cpu_group_alive(void);
 #define PM_CUDA_NCCL_ID_BYTES 128
 int pm_cuda_group_create(int rank, int world, double step_timeout_s, void* handle);
 int pm_cuda_group_open(const void* handles);
+int pm_cuda_group_try(void);
 int pm_cuda_group_open_nccl(const void* id);
 int pm_cuda_nccl_load(const char* library, int* version);
 int pm_cuda_nccl_id(void* id);

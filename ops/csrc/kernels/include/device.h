@@ -66,7 +66,7 @@ typedef struct pm_device_kernels {
                 const int32_t* bias_offsets, int32_t* next_tokens, float* logprobs, int32_t* top_ids, float* top_logprobs,
                 int64_t S, int64_t V, void* workspace, void* stream);
 
-  // collective.h, between ranks whose devices reach each other's memory
+  // collective.h, between the ranks of a group that has been opened there
   int (*all_reduce)(const float* x, float* y, int64_t n, void* stream);
   int (*all_gather)(const float* x, float* y, int64_t rows, int64_t cols, void* stream);
 
