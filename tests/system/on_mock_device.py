@@ -21,7 +21,7 @@ from predict.engine.request import SamplingParams
 from predict.llm import LLM
 from predict.model.config import MixtralConfig
 from predict.model.noise import TILE_BYTES, TILES
-from predict.model.weights import DEMO, DummyWeights, dummy_config, load
+from predict.model.weights import DEMO, DummyWeights, convert, dummy_config, load
 from predict.parallel import Ranks
 
 PROMPT = list(range(40, 180))
@@ -109,7 +109,7 @@ def test_a_device_makes_a_dummys_large_weights_itself(quant_type):
     made = dict(load(config, DummyWeights(config), "bfloat16", quant_type, place=PLACE).named_buffers())
     across = runtime().copies()[2] - before[2]
     of_cpu = dict(load(config, DummyWeights(config), "bfloat16", quant_type).named_buffers())
-    noise = DummyWeights(config).noise(PLACE, quant_type)
+    noise = DummyWeights(config).noise(PLACE, "bfloat16", quant_type)
     tiles = noise.block.numpy().view(np.uint8).reshape(TILES, TILE_BYTES)
     starts = {}
     for name, buffer in made.items():
@@ -124,6 +124,16 @@ def test_a_device_makes_a_dummys_large_weights_itself(quant_type):
             assert np.array_equal(buffer.numpy(), of_cpu[name].numpy())
     assert len(set(starts.values())) == len(starts) == 4 * config.num_hidden_layers + 1
     assert len(starts) <= across <= 2 * len(starts)
+
+
+def test_a_devices_dummy_has_the_same_numbers_in_float16():
+    config = dummy_config("dummy:demo", 1)
+    made = [load(config, DummyWeights(config), dtype, place=PLACE) for dtype in ("bfloat16", "float16")]
+    for (name, of_bfloat16), (_, of_float16) in zip(*(model.named_buffers() for model in made), strict=True):
+        found, expected = of_float16.numpy(), of_bfloat16.numpy()
+        expected = convert(expected, "bfloat16", "float16") if expected.dtype == np.uint16 else expected
+        assert found.dtype == expected.dtype, name
+        assert np.array_equal(found, expected), name
 
 
 @pytest.mark.parametrize("quant_type", [None, "weight_only_int8"])
@@ -226,7 +236,7 @@ def test_the_bench_of_a_device(mode, tmp_path, capsys):
 
 BENCH_REFUSED = {
     "dummy:mixtral-8x7b --dtype bfloat16": "the weights need 93.4 GB and the KV cache 1.6 GB, the GPU has ",
-    "dummy:demo --dtype float32": "dtype is float32, the kernels of a GPU need bfloat16",
+    "dummy:demo --dtype float32": "--dtype is float32, which runs on CPUs only; use --dtype bfloat16 or float16",
     "dummy:demo --plot a.png": "--plot draws the CPU's kernels under its ceilings; leave it out beside --device gpu",
 }
 
