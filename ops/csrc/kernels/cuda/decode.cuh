@@ -5,14 +5,12 @@
 // RING        every warp has its own: it copies tiles (and its tokens') to shared memory kStages - 1 tiles ahead, and reads
 //             none but its own. So the main loop has no barrier of the block, no bank conflict and no registers that wait
 //             for memory. It does not stop between the segments of a block (the experts of one strip).
-// BUDGET      (estimated, not measured) an H200 brings 4.8 TB/s / (132 processors * 1.755 GHz) = 21 bytes a cycle and
-//             processor; with a latency of 0.8 us that is 29 KB under way. Each block keeps 4 warps * 7 tiles * 2 KB = 56 KB
-//             under way (8 tokens), two blocks to a processor where there are so many. A warp's tile is 56 to 69
-//             instructions of PTX with one group of tokens (4 + planes * groups copies and loads each, 4 * planes * groups
-//             products, the others addresses): 8 KB every 70 issue slots of each scheduler, 117 bytes a cycle, 5 times what
-//             memory brings. Its products, at 8 cycles each: 64 of two planes, 128 bytes a cycle; with 32 tokens 32. What a
-//             warp alone waits for (loads, two products after each other) is about 150 cycles a tile: 55 bytes a cycle of
-//             the four warps of one block.
+// BUDGET      (counted in machine code, not measured; tests/gpu/PREDICTIONS.md) an H200 brings 4.8 TB/s / (132 processors *
+//             1.755 GHz) = 21 bytes a cycle and processor; with a latency of 0.8 us that is 29 KB under way. Each block
+//             keeps 4 warps * 7 tiles * 2 KB = 56 KB under way (8 tokens), two blocks to a processor where there are so
+//             many. A warp's tile is 115 to 170 instructions with one group of tokens; memory brings one in 390 issue slots
+//             of a scheduler. What a warp alone waits for (loads, two products after each other) is about 150 cycles a tile:
+//             55 bytes a cycle of the four warps of one block.
 #ifndef PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 #define PADDLE_MIXTRAL_CUDA_DECODE_CUH_
 
@@ -29,7 +27,7 @@ constexpr int kDecodeTokens = 32;  // the most of a product
 
 // Blocks that are on the GPU at once, each with so many bytes of dynamic shared memory, at most `most`.
 inline int decode_blocks(size_t shared_bytes, int64_t most, unsigned* blocks) {
-  constexpr size_t kBeside = 10 * 1024;  // static, and what the system takes
+  constexpr size_t kBeside = 5 * 1024;  // static, and what the system takes
   int processors, room;
   if (int status = device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return status;
   if (int status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &room)) return status;
@@ -50,13 +48,14 @@ struct Stream {
 
   static constexpr int kPlaneBytes = 32 * 16;  // a group of tokens, a tile
   static constexpr int kStageBytes = kTileBytes + (Resident ? 0 : Groups * Format::kPlanes * kPlaneBytes);
-  static constexpr int kFit = 96 * 1024 / (kQuarters * kStageBytes);
+  static constexpr int kRoom = Groups * Format::kPlanes > 4 ? 144 * 1024 : 96 * 1024;  // of one block a processor, or of two
+  static constexpr int kFit = kRoom / (kQuarters * kStageBytes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kRingBytes = kStages * kStageBytes;
 
-  // Sums of the four warps: [warp][plane][token][row], rows padded against bank conflicts.
+  // Sums of the four warps with a group: [warp][plane][token][row], rows padded against bank conflicts.
   static constexpr int kTokens = Groups * kGroupTokens, kRowStride = kTileRows + 4;
-  static constexpr int kWarpSums = Format::kPlanes * kTokens * kRowStride;
+  static constexpr int kWarpSums = Format::kPlanes * kGroupTokens * kRowStride;
   static constexpr int kSumBytes = kQuarters * kWarpSums * 4;
   static constexpr int kSharedBytes = kQuarters * kRingBytes + kSumBytes;
   static_assert(kStages >= 3, "a ring that hides no latency");
@@ -174,27 +173,31 @@ struct Stream {
     }
   }
 
-  // Adds up the quarters. Then total() is of the whole block, until it gives its next sums.
-  __device__ void share(const Sums& sum, int groups) const {
-    __syncthreads();  // the last ones have been read
+  // The warps give each other their sums, a group of tokens at a time: take(n), by all threads, has those of group n in
+  // total().
+  template <class Take>
+  __device__ __forceinline__ void share(const Sums& sum, int groups, const Take& take) const {
     const int group = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < Groups; ++n)
       if (n < groups) {
+        __syncthreads();  // the last ones have been read
 #pragma unroll
         for (int plane = 0; plane < Format::kPlanes; ++plane)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-              const int at = warp * kWarpSums + (plane * kTokens + n * kGroupTokens + 2 * t + i) * kRowStride;
+              const int at = warp * kWarpSums + (plane * kGroupTokens + 2 * t + i) * kRowStride;
               const auto& of = sum[n][plane][m];
               store_pair(sums + at + 16 * m + 2 * group, of[i], of[2 + i]);
             }
+        __syncthreads();
+        take(n);
       }
-    __syncthreads();
   }
 
+  // The product of a row with token 0 .. 7 of the group.
   __device__ float total(int token, int row, float scale, int32_t token_total) const {
     typename Format::Sum sum[Format::kPlanes];
 #pragma unroll
@@ -202,7 +205,7 @@ struct Stream {
       sum[plane] = 0;
 #pragma unroll
       for (int quarter = 0; quarter < kQuarters; ++quarter)
-        sum[plane] += sums[quarter * kWarpSums + (plane * kTokens + token) * kRowStride + row];
+        sum[plane] += sums[quarter * kWarpSums + (plane * kGroupTokens + token) * kRowStride + row];
     }
     return product<Format>(sum, scale, token_total);
   }

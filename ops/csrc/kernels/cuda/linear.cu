@@ -67,14 +67,15 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     for (int64_t strip = blockIdx.x; strip < strips; strip += gridDim.x) {
       typename Work::Sums sum;
       work.multiply_segment(sum, groups, resident, locate);
-      work.share(sum, groups);
       const int64_t n = strip * kTileRows + work.lane;
-      if (n < out.N)
-        for (int token = work.warp; token < count; token += kQuarters) {
+      work.share(sum, groups, [&](int group) {
+        for (int i = work.warp, token = group * kGroupTokens + i; i < kGroupTokens && token < count && n < out.N;
+             i += kQuarters, token += kQuarters) {
           const float result =
-              work.total(token, work.lane, Format::kFixed ? scale[token] : 1.0f, Format::kFixed ? total[token] : 0);
+              work.total(i, work.lane, Format::kFixed ? scale[token] : 1.0f, Format::kFixed ? total[token] : 0);
           store_element(out.y, out.dtype, (begin + token) * out.N + n, out.scaled(0, n, result));
         }
+      });
     }
     __syncthreads();  // the tokens' scales have been read
   }

@@ -124,16 +124,18 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     const int expert = hits.expert[hit], count = hits.count[hit], groups = (count + kGroupTokens - 1) / kGroupTokens;
     typename Work::Sums sum;
     work.multiply_segment(sum, groups, {}, locate);
-    work.share(sum, groups);
     const int64_t column = strip * kHalfTile + half_row;
-    for (int member = threadIdx.x / kHalfTile; member < count; member += kDecodeThreads / kHalfTile) {
+    static_assert(kDecodeThreads == kHalfTile * kGroupTokens, "a thread has a column with a token");
+    work.share(sum, groups, [&](int group) {
+      const int i = threadIdx.x / kHalfTile, member = group * kGroupTokens + i;
+      if (member >= count) return;
       const int token = hits.token[hit][member];
       const float scale = Format::kFixed ? tokens.scale[token] : 1.0f;
       const int32_t total = Format::kFixed ? tokens.total[token] : 0;
-      const float gate = out.gate(expert, column, work.total(member, half_row, scale, total));
-      const float up = out.up(expert, column, work.total(member, half_row + kHalfTile, scale, total));
+      const float gate = out.gate(expert, column, work.total(i, half_row, scale, total));
+      const float up = out.up(expert, column, work.total(i, half_row + kHalfTile, scale, total));
       out.store_one(routing.row(token, hits.chosen[token], expert), strip, column, swiglu(gate, up));
-    }
+    });
   }
 }
 
@@ -168,15 +170,16 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     const int expert = hits.expert[hit], count = hits.count[hit], groups = (count + kGroupTokens - 1) / kGroupTokens;
     typename Work::Sums sum;
     work.multiply_segment(sum, groups, {}, locate);
-    work.share(sum, groups);
-    if (n < out.N)
-      for (int member = work.warp; member < count; member += kQuarters) {
+    work.share(sum, groups, [&](int group) {
+      for (int i = work.warp, member = group * kGroupTokens + i; i < kGroupTokens && member < count && n < out.N;
+           i += kQuarters, member += kQuarters) {
         const int token = hits.token[hit][member], row = routing.row(token, hits.chosen[token], expert);
         const float result =
-            work.total(member, work.lane, Format::kFixed ? h.scale[row] : 1.0f, Format::kFixed ? h.total[row] : 0);
+            work.total(i, work.lane, Format::kFixed ? h.scale[row] : 1.0f, Format::kFixed ? h.total[row] : 0);
         float& to = y[token][work.lane];
         to = __fmaf_rn(routing.share[token * routing.E + expert], out.scaled(expert, n, result), to);
       }
+    });
   }
   __syncthreads();
   if (n < out.N)
