@@ -1,19 +1,20 @@
 // Many tokens: groups of tokens with a weight of each, one launch.
 //
 // BLOCK       128 rows of weights (four strips) with up to Tokens tokens of one group, 64 or 128; eight warps, each 64 rows
-//             with a quarter of the tokens. A step is one tile of K; its bytes come through shared memory kStages - 1 steps
+//             with a quarter of the tokens. A step is one tile of K; steps come through shared memory kStages - 1 stages
 //             ahead, weights in the order of fragments, tokens as they lie: every load is free of bank conflicts.
 // GRID        for the worst case, without knowing how tokens fell to groups: a block beyond the last group's tokens returns
 //             at once. Blocks that follow each other take kTogether runs of tokens with the same weights, so that weights
 //             come from memory about once and tokens stay in the second-level cache.
 // ORDER       16 bits: quarters of K as tile.cuh says, a second set of sums takes each in its turn. Everything of a row of
 //             the result is in one thread: nothing depends on which tokens are beside it.
-// BUDGET      (estimated, not measured) int8 with two planes, 128 tokens: a step is 64 products of 16 x 8 x 32 a warp, 128 a
-//             scheduler, about 1,000 cycles at 8 each (assumed: mma.sync reaches about half of what Hopper's tensor cores
-//             can do); beside them 16 loads of 512 bytes a warp: 512 cycles of shared memory; 24 KB of copies, 24 bytes a
-//             cycle. 2 * 128 * 128 * 64 operations every 1,000 cycles on 132 processors are 480 TFLOP/s of 16-bit
-//             arithmetic, if nothing waits; 16-bit weights the same. Registers: 128 of sums and 40 of fragments, so one
-//             block a processor, and 3 steps (48 to 72 KB) under way.
+// BUDGET      (counted in machine code, not measured; tests/gpu/PREDICTIONS.md) int8 with two planes, 128 tokens: a tile is
+//             64 products of 16 x 8 x 32 a warp, 128 a scheduler: 830 cycles at 6.5 each (assumed: mma.sync reaches 62 % of
+//             what Hopper's tensor cores can do); beside them 310 issue slots, 512 cycles of shared memory's reads and 192
+//             of its writes, 26 bytes a cycle of the second-level cache. 2 * 128 * 128 * 64 operations in some 910 cycles on
+//             132 processors are 530 TFLOP/s of 16-bit arithmetic before the first and after the last tile, 430 with them.
+//             16-bit weights are bound by shared memory: 512 cycles for half as many operations. One block a processor, 64
+//             to 96 KB under way.
 #ifndef PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
 #define PADDLE_MIXTRAL_CUDA_GROUPED_CUH_
 
