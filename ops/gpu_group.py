@@ -22,6 +22,7 @@ NCCL_ID_BYTES = 128  # PM_CUDA_NCCL_ID_BYTES
 WAY_VARIABLE = "PADDLE_MIXTRAL_GPU_COLLECTIVES"
 NCCL_FILE = "libnccl.so.2"
 _REASON_BYTES = 256
+_TRIAL_TIMEOUT_S = 10.0  # for sums that take microseconds, of ranks that are all there
 
 
 class _Table(ctypes.Structure):
@@ -38,7 +39,11 @@ _joined: ctypes.CDLL | None = None  # the kernels whose group of GPUs this proce
 
 
 def join_gpus(
-    device: int, step_timeout_s: float = 600.0, kernels: ctypes.CDLL = LIBRARY, nccl: Path | None = None
+    device: int,
+    step_timeout_s: float = 600.0,
+    kernels: ctypes.CDLL = LIBRARY,
+    nccl: Path | None = None,
+    join_timeout_s: float = 120.0,
 ) -> str | None:
     """Joins this rank's GPU to those of all ranks; returns when all have.
 
@@ -50,6 +55,7 @@ def join_gpus(
         step_timeout_s: seconds an operator waits for the other ranks.
         kernels: the library that has them.
         nccl: NCCL's library; None: the installed one.
+        join_timeout_s: seconds to wait here for the other ranks' GPUs.
 
     Returns:
         Which way was taken, and why, for the log; None where this process had joined already.
@@ -73,7 +79,7 @@ def join_gpus(
             raise ValueError(
                 f"{WAY_VARIABLE} is '{asked}' on rank {rank} and '{theirs}' on rank {other}; set it alike, or nowhere"
             )
-    refusal = f"{WAY_VARIABLE} is nccl" if asked == "nccl" else _map_memory(kernels, handle)
+    refusal = f"{WAY_VARIABLE} is nccl" if asked == "nccl" else _map_memory(kernels, handle, join_timeout_s)
     if not refusal:
         way = "CUDA IPC"
     elif asked == "ipc":
@@ -81,7 +87,7 @@ def join_gpus(
             f"{WAY_VARIABLE} is ipc, but the GPUs do not share their memory ({refusal}); set it to nccl, or unset it"
         )
     else:
-        way = f"NCCL {_connect_nccl(kernels, nccl, refusal)} ({refusal})"
+        way = f"NCCL {_connect_nccl(kernels, nccl, refusal, join_timeout_s)} ({refusal})"
     _gather(handle)  # a rank that was refused is noticed here, not by waiting for it on the GPU
     _joined = kernels
     return f"sums of {world_size} ranks' GPUs: through {way}"
@@ -99,16 +105,17 @@ def check_gpus() -> None:
     raise ValueError(f"{LOST}: {_last_error(_joined)}" if status == PEER_LOST else _last_error(_joined))
 
 
-def _map_memory(kernels: ctypes.CDLL, handle: np.ndarray) -> str:
+def _map_memory(kernels: ctypes.CDLL, handle: np.ndarray, timeout_s: float) -> str:
     """Opens the group by CUDA IPC; why that cannot be, the same on every rank, or nothing.
 
     Mapping and sharing are tried, not asked for: what cudaDeviceCanAccessPeer says of two GPUs does not tell whether
     two processes, perhaps in containers or a virtual machine, can share their memory.
     """
     kernels.pm_cuda_group_open.argtypes = [ctypes.c_void_p]
+    kernels.pm_cuda_group_try.argtypes = [ctypes.c_double]
     handles = _gather(handle)
     return _first_refusal(kernels, kernels.pm_cuda_group_open(handles.ctypes.data)) or _first_refusal(
-        kernels, kernels.pm_cuda_group_try()
+        kernels, kernels.pm_cuda_group_try(min(timeout_s, _TRIAL_TIMEOUT_S))
     )
 
 
@@ -118,12 +125,12 @@ def _first_refusal(kernels: ctypes.CDLL, status: int) -> str:
     return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
 
-def _connect_nccl(kernels: ctypes.CDLL, library: Path | None, why: str) -> str:
+def _connect_nccl(kernels: ctypes.CDLL, library: Path | None, why: str, timeout_s: float) -> str:
     """Opens the group by NCCL; its version."""
     library = library or _find_nccl()
     kernels.pm_cuda_nccl_load.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
     kernels.pm_cuda_nccl_id.argtypes = [ctypes.c_void_p]
-    kernels.pm_cuda_group_open_nccl.argtypes = [ctypes.c_void_p]
+    kernels.pm_cuda_group_open_nccl.argtypes = [ctypes.c_void_p, ctypes.c_double]
     code = ctypes.c_int()
     if kernels.pm_cuda_nccl_load(os.fsencode(library), ctypes.byref(code)) != 0:
         raise ValueError(
@@ -134,7 +141,7 @@ def _connect_nccl(kernels: ctypes.CDLL, library: Path | None, why: str) -> str:
     if group()[0] == 0:
         _check(kernels, kernels.pm_cuda_nccl_id(nccl_id.ctypes.data))
     ids = _gather(nccl_id)
-    _check(kernels, kernels.pm_cuda_group_open_nccl(ids.ctypes.data))  # the first is rank 0's
+    _check(kernels, kernels.pm_cuda_group_open_nccl(ids.ctypes.data, timeout_s))  # the first is rank 0's
     major, minor, patch = code.value // 10000, code.value // 100 % 100, code.value % 100
     return f"{major}.{minor}.{patch}" if major else str(code.value)  # before 2.9 numbered otherwise
 

@@ -77,7 +77,8 @@ def _rank(kind: type[Device], path: Path, nccl: str | None, rank: int, world: in
         if rank == 0:
             assert library.pm_cuda_nccl_id(nccl_id) == 0, kernels.text()
         parent.send(nccl_id.raw)
-        assert library.pm_cuda_group_open_nccl(parent.recv()) == 0, kernels.text()  # rank 0's id is the first
+        ids = parent.recv()  # rank 0's is the first
+        assert library.pm_cuda_group_open_nccl(ids, ctypes.c_double(STARTED_S)) == 0, kernels.text()
     try:
         for index, shape in enumerate(SHAPES):
             xs = [normal(10 * index + r, *shape) for r in range(world)]

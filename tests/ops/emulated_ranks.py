@@ -30,7 +30,14 @@ class Group:
     """This process' membership in a group of emulated GPUs, made with the others through the parent."""
 
     def __init__(
-        self, library: str, nccl: str | None, rank: int, world: int, step_timeout: float, parent: Connection
+        self,
+        library: str,
+        nccl: str | None,
+        rank: int,
+        world: int,
+        parent: Connection,
+        step_timeout: float = 60.0,
+        join_timeout: float = 60.0,
     ) -> None:
         self.functions = ctypes.CDLL(library)
         self.kernels, self.rank, self.world, self.parent = Kernels(library), rank, world, parent
@@ -43,7 +50,8 @@ class Group:
             self._check(self.functions.pm_cuda_nccl_load(nccl.encode(), ctypes.byref(ctypes.c_int())))
             if rank == 0:
                 self._check(self.functions.pm_cuda_nccl_id(nccl_id))
-            self._check(self.functions.pm_cuda_group_open_nccl(self._gather(nccl_id)[:NCCL_ID_BYTES]))
+            ids = self._gather(nccl_id)  # rank 0's is the first
+            self._check(self.functions.pm_cuda_group_open_nccl(ids, ctypes.c_double(join_timeout)))
 
     def status(self) -> tuple[int, str]:
         """The group's, and its text where it is not 0."""
@@ -141,7 +149,7 @@ def many_calls(
     """A sum of each size and a gather of each shape in turn: those with other bits than the reference's, and the
     group's status then."""
     Emulation(Path(library)).configure(mode)  # of all ranks: their blocks meet one by one
-    group = Group(library, nccl, rank, world, 60, parent)
+    group = Group(library, nccl, rank, world, parent)
     wrong: list = []
     for call, (size, shape) in enumerate(zip(sizes, (shapes * len(sizes))[: len(sizes)], strict=True)):
         xs = _inputs(call, world, size)
@@ -167,7 +175,7 @@ def calls_differ(
     library: str, nccl: str | None, rank: int, world: int, parent: Connection, other_call: str
 ) -> tuple[tuple[int, str], str]:
     """The group's status after a call that agrees and one that does not; what the next call says."""
-    group = Group(library, nccl, rank, world, 60, parent)
+    group = Group(library, nccl, rank, world, parent)
     group.all_gather(np.ones((2, 3), np.float32))
     five = np.ones(5, np.float32)
     call = OTHER_CALLS[other_call] if rank == 0 else lambda group: group.all_reduce(five)
@@ -194,7 +202,7 @@ def assert_all_were_told(found: list[tuple[tuple[int, str], str]], other_call: s
 
 def waits_in_vain(library: str, nccl: str | None, rank: int, world: int, parent: Connection) -> tuple[int, list[str]]:
     """The group's status after a sum that the last rank does not come to, and another; what they said."""
-    group = Group(library, nccl, rank, world, 0.1, parent)
+    group = Group(library, nccl, rank, world, parent, step_timeout=0.1)
     texts = []
     for _ in range(0 if rank == world - 1 else 2):
         try:

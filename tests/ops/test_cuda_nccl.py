@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_come_is_an_error_not_a_hang(library, nccl):
 
 
 def nccl_fails(library: str, nccl: str, rank: int, world: int, parent: Connection, messages: Path) -> tuple[int, str]:
-    group = Group(library, nccl, rank, world, 60, parent)
+    group = Group(library, nccl, rank, world, parent)
     group.all_reduce(np.ones(5, np.float32))
     [folder] = messages.iterdir()
     if rank == 0:
@@ -87,7 +87,7 @@ def test_what_nccl_finds_out_itself_is_told(library, nccl, messages):
 
 def never_connects(library: str, nccl: str, rank: int, world: int, parent: Connection) -> str:
     if rank == 0:
-        Group(library, nccl, rank, world, 0.2, parent)
+        Group(library, nccl, rank, world, parent, join_timeout=0.2)
     parent.send(bytes(NCCL_ID_BYTES))
     parent.recv()
     return "did not come"
@@ -113,10 +113,10 @@ def test_what_is_no_nccl_is_refused(library, nccl, monkeypatch):
     assert kernels.text() == f"{nccl} is NCCL of version code 2604, older than 2.7 (2700)"
     assert functions.pm_cuda_nccl_id(nccl_id) != 0
     assert kernels.text() == "no NCCL: pm_cuda_nccl_load first"
-    assert functions.pm_cuda_group_open_nccl(nccl_id) != 0
+    assert functions.pm_cuda_group_open_nccl(nccl_id, ctypes.c_double(1)) != 0
     assert "pm_cuda_group_create first" in kernels.text()
     assert functions.pm_cuda_group_create(0, 1, ctypes.c_double(1), ctypes.create_string_buffer(HANDLE_BYTES)) == 0
-    assert functions.pm_cuda_group_open_nccl(nccl_id) != 0
+    assert functions.pm_cuda_group_open_nccl(nccl_id, ctypes.c_double(1)) != 0
     assert kernels.text() == "no NCCL: pm_cuda_nccl_load first"
     functions.pm_cuda_group_leave()
     with pytest.raises(KernelError, match="PM_NOT_CONNECTED"):

@@ -2,7 +2,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "collective.cuh"
@@ -13,7 +12,6 @@ namespace {
 
 // Of a trial: sums in one shot, and (from 3 ranks on) in shares.
 constexpr int kTrials[] = {5, 400'003};
-constexpr uint64_t kTrialSeconds = 10;
 
 // The host's.
 struct Membership {
@@ -74,6 +72,8 @@ int all_gather(const float* x, float* y, int64_t rows, int64_t cols, void* strea
 
 namespace {
 
+uint64_t nanoseconds_of(double seconds) { return seconds < 1e9 ? static_cast<uint64_t>(seconds * 1e9) : UINT64_MAX; }
+
 int create_group(int rank, int world, double step_timeout_s, void* handle) {
   if (membership.report) return fail(PM_UNSUPPORTED, "this process already has a group of GPUs: pm_cuda_group_leave first");
   if (world < 1 || world > PM_MAX_RANKS || rank < 0 || rank >= world)
@@ -101,7 +101,7 @@ int create_group(int rank, int world, double step_timeout_s, void* handle) {
   g.rank = rank;
   g.world = world;
   g.buffers[rank] = static_cast<Buffer*>(buffer);
-  g.timeout = step_timeout_s < 1e9 ? static_cast<uint64_t>(step_timeout_s * 1e9) : UINT64_MAX;
+  g.timeout = nanoseconds_of(step_timeout_s);
   g.report = static_cast<Report*>(host_on_device);
   membership.step_timeout_s = step_timeout_s;
   membership.report = static_cast<Report*>(host);
@@ -155,16 +155,16 @@ int try_sum(const Group& g, int n) {
   return PM_OK;
 }
 
-int try_group() {
+int try_group(double timeout_s) {
   if (membership.way != Membership::by_ipc) return fail(PM_NOT_CONNECTED, "no group of GPUs: pm_cuda_group_open first");
   Group g = membership.group;
-  g.timeout = std::min<uint64_t>(g.timeout, kTrialSeconds * 1'000'000'000);
+  g.timeout = nanoseconds_of(timeout_s);
   for (const int n : kTrials)
     if (const int status = try_sum(g, n)) return status;
   return PM_OK;
 }
 
-int open_nccl_group(const void* id) {
+int open_nccl_group(const void* id, double timeout_s) {
   if (!membership.report) return not_created();
   if (!loaded_nccl()) return fail(PM_NOT_CONNECTED, "no NCCL: pm_cuda_nccl_load first");
   // What a trial may have left.
@@ -172,7 +172,8 @@ int open_nccl_group(const void* id) {
   if (const int status = check(cudaMemset(buffer, 0, sizeof(Buffer)), "clearing a buffer for collectives")) return status;
   if (const int status = check(cudaDeviceSynchronize(), "clearing a buffer for collectives")) return status;
   memset(membership.report, 0, sizeof(Report));
-  if (const int status = open_by_nccl(membership.group, membership.report, membership.step_timeout_s, id)) return status;
+  const double step_timeout_s = membership.step_timeout_s;
+  if (const int status = open_by_nccl(membership.group, membership.report, step_timeout_s, id, timeout_s)) return status;
   membership.way = Membership::by_nccl;
   return PM_OK;
 }
@@ -205,9 +206,11 @@ PM_EXPORTED int pm_cuda_group_create(int rank, int world, double step_timeout_s,
   return pm::cuda::create_group(rank, world, step_timeout_s, handle);
 }
 PM_EXPORTED int pm_cuda_group_open(const void* handles) { return pm::cuda::open_group(handles); }
-PM_EXPORTED int pm_cuda_group_try(void) { return pm::cuda::try_group(); }
+PM_EXPORTED int pm_cuda_group_try(double timeout_s) { return pm::cuda::try_group(timeout_s); }
 PM_EXPORTED int pm_cuda_nccl_load(const char* library, int* version) { return pm::cuda::load_nccl(library, version); }
 PM_EXPORTED int pm_cuda_nccl_id(void* id) { return pm::cuda::new_nccl_id(id); }
-PM_EXPORTED int pm_cuda_group_open_nccl(const void* id) { return pm::cuda::open_nccl_group(id); }
+PM_EXPORTED int pm_cuda_group_open_nccl(const void* id, double timeout_s) {
+  return pm::cuda::open_nccl_group(id, timeout_s);
+}
 PM_EXPORTED int pm_cuda_group_status(void) { return pm::cuda::group_status(); }
 PM_EXPORTED void pm_cuda_group_leave(void) { pm::cuda::leave_group(); }

@@ -72,8 +72,8 @@ int all_gather_by_ipc(const Group& g, const float* x, float* y, int64_t rows, in
 int all_reduce_by_nccl(const Group& g, const float* x, float* y, int64_t n, uint64_t call, void* stream);
 int all_gather_by_nccl(const Group& g, const float* x, float* y, int64_t rows, int64_t cols, uint64_t call, void* stream);
 
-// Connects the ranks by NCCL, which is loaded; returns when all are there, or one has not come in time.
-int open_by_nccl(const Group& g, Report* report, double step_timeout_s, const void* id);
+// Connects the ranks by NCCL, which is loaded; returns when all are there, or one has not come within timeout_s.
+int open_by_nccl(const Group& g, Report* report, double step_timeout_s, const void* id, double timeout_s);
 void close_nccl();
 // What NCCL has reported itself, or null.
 const char* nccl_error();

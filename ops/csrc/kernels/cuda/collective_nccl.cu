@@ -39,7 +39,7 @@ using Seconds = std::chrono::duration<double>;
 constexpr int kThreads = 256, kMostBlocks = 256;
 constexpr int64_t kRecordFloats = 4096;  // a token of Mixtral-8x7B
 constexpr Seconds kWatchPeriod(0.05), kPatience(1.0);
-constexpr Seconds kConnectTimeout(120);
+constexpr double kMostSeconds = 1e9;  // that a clock adds up
 
 struct Record {
   alignas(16) uint64_t call;
@@ -328,23 +328,21 @@ int refuse_capture(void* stream) {
 
 }  // namespace
 
-int open_by_nccl(const Group& g, Report* report, double step_timeout_s, const void* id) {
+int open_by_nccl(const Group& g, Report* report, double step_timeout_s, const void* id, double timeout_s) {
   int device = 0;
   if (const int status = check(cudaGetDevice(&device), "which GPU")) return status;
   Connection* const c = new Connection;
   c->group = g;
   c->report = report;
-  // A clock cannot add up more.
-  c->step_timeout = Seconds(std::min(step_timeout_s, 1e9));
+  c->step_timeout = Seconds(std::min(step_timeout_s, kMostSeconds));
   c->device = device;
   c->nccl = loaded_nccl();
   memcpy(&c->id, id, sizeof c->id);
   std::future<Outcome> connected = c->connected.get_future();
   c->watch = std::thread(connect_and_watch, c);
-  const Seconds timeout = std::min(kConnectTimeout, c->step_timeout);
-  if (connected.wait_for(timeout) != std::future_status::ready) {
+  if (connected.wait_for(Seconds(std::min(timeout_s, kMostSeconds))) != std::future_status::ready) {
     c->watch.detach();  // and c is its
-    return fail(PM_PEER_LOST, "NCCL did not connect the ranks within %g s", timeout.count());
+    return fail(PM_PEER_LOST, "NCCL did not connect the ranks within %g s", timeout_s);
   }
   const Outcome outcome = connected.get();
   if (outcome.status != PM_OK) {

@@ -55,8 +55,8 @@ int pm_cpu_group_alive(void);
 //                          seconds at most. PM_UNSUPPORTED where they do not come or are wrong: what could be mapped need
 //                          not be shared in truth (a virtual machine, an IOMMU). The group may then be opened by NCCL.
 // pm_cuda_group_open_nccl  for GPUs that do not map one another's memory: returns when all ranks have called it with the
-//                          same id, PM_CUDA_NCCL_ID_BYTES, or PM_PEER_LOST. Ranks on one GPU are refused. Its calls cannot
-//                          be captured into a graph.
+//                          same id, PM_CUDA_NCCL_ID_BYTES, or PM_PEER_LOST after timeout_s. NCCL refuses ranks on one GPU.
+//                          Its calls cannot be captured into a graph.
 //
 // pm_cuda_nccl_load        opens NCCL's library (dlopen): before the next two. *version as NCCL numbers it: 22703 is 2.27.3.
 //                          PM_UNSUPPORTED where it cannot be used.
@@ -71,8 +71,8 @@ int pm_cpu_group_alive(void);
 #define PM_CUDA_NCCL_ID_BYTES 128
 int pm_cuda_group_create(int rank, int world, double step_timeout_s, void* handle);
 int pm_cuda_group_open(const void* handles);
-int pm_cuda_group_try(void);
-int pm_cuda_group_open_nccl(const void* id);
+int pm_cuda_group_try(double timeout_s);
+int pm_cuda_group_open_nccl(const void* id, double timeout_s);
 int pm_cuda_nccl_load(const char* library, int* version);
 int pm_cuda_nccl_id(void* id);
 int pm_cuda_group_status(void);
