@@ -118,15 +118,16 @@ __attribute__((noinline)) void unit_dots(const bf16* w, int64_t tiles, const uin
 
 #endif
 
-// The same by multiply-adds; denormals must be off.
+// The same by multiply-adds; denormals must be off. streams: w comes from memory, not from a cache.
 template <int C>
-__attribute__((noinline)) void fma_dots(const bf16* w, int64_t tiles, const uint8_t* panel, float* sums) {
+__attribute__((noinline)) void fma_dots(const bf16* w, int64_t tiles, const uint8_t* panel, bool streams, float* sums) {
   F32x16 acc[2][C];
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 12
     for (int c = 0; c < C; ++c) acc[half][c] = zero();
-  for (int64_t pair = 0; pair < tiles * kPairs; ++pair, w += kPairElements, panel += 8 * C)
+  for (int64_t pair = 0; pair < tiles * kPairs; ++pair, w += kPairElements, panel += 8 * C) {
+    if (C < 8 && streams && pair % (kPage / kStreamStep) == 0) prefetch_next_page(w);  // more tokens are slower with it
 #pragma GCC unroll 2
     for (int first = 0; first < 2; first += kHalvesAtOnce) {
       asm volatile("" : : : "memory");  // or gcc loads all weights first, and has no registers left for the sums
@@ -148,6 +149,7 @@ __attribute__((noinline)) void fma_dots(const bf16* w, int64_t tiles, const uint
         }
       }
     }
+  }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 12
@@ -185,16 +187,16 @@ struct PairProduct {
     const bf16* strip = reinterpret_cast<const bf16*>(w + i * tiles * kTileBytes);
     const Panels& panels = tokens.panels;
     for (int64_t p = first; p < last; ++p, sums += panels.height() * kTile)
-      dots(strip, tiles, tokens.panel(p), panels.width(p), sums);
+      dots(strip, tiles, tokens.panel(p), panels.width(p), p == first, sums);
   }
 
  private:
-  void dots(const bf16* strip, int64_t tiles, const uint8_t* panel, int width, float* sums) const {
+  void dots(const bf16* strip, int64_t tiles, const uint8_t* panel, int width, bool streams, float* sums) const {
 #if defined(__AVX512F__)
     if (tokens.unit) return of_width<kUnitPanel>(width, [&](auto C) { unit_dots<C>(strip, tiles, panel, sums); });
 #endif
     const DenormalsOff off;
-    of_width<kFmaPanel>(width, [&](auto C) { fma_dots<C>(strip, tiles, panel, sums); });
+    of_width<kFmaPanel>(width, [&](auto C) { fma_dots<C>(strip, tiles, panel, streams, sums); });
   }
 };
 
