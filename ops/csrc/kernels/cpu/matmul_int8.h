@@ -231,7 +231,11 @@ inline I16 load_weights(const uint8_t* p) {
 }
 inline I16 broadcast(int64_t q) { return _mm512_set1_epi64(q); }
 inline I16 madd(I16 sum, I16 w, I16 q) { return _mm512_add_epi32(sum, _mm512_madd_epi16(w, q)); }
-inline void store_sums(int32_t* p, I16 a) { _mm512_store_si512(p, a); }
+// exact [kMaddRows] += sums of rows, two of each.
+inline void add_rows(double* exact, I16 sums) {
+  const __m512i rows = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+  _mm512_store_pd(exact, _mm512_add_pd(_mm512_load_pd(exact), _mm512_cvtepi32_pd(_mm512_cvtepi64_epi32(rows))));
+}
 #else
 using I16 = __m256i;
 constexpr int kMaddRows = 4;
@@ -240,24 +244,30 @@ inline I16 load_weights(const uint8_t* p) {
 }
 inline I16 broadcast(int64_t q) { return _mm256_set1_epi64x(q); }
 inline I16 madd(I16 sum, I16 w, I16 q) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, q)); }
-inline void store_sums(int32_t* p, I16 a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }
+inline void add_rows(double* exact, I16 sums) {
+  const __m256i rows = _mm256_add_epi32(sums, _mm256_srli_epi64(sums, 32));
+  const __m256i first_four = _mm256_permutevar8x32_epi32(rows, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  const __m256d found = _mm256_cvtepi32_pd(_mm256_castsi256_si128(first_four));
+  _mm256_store_pd(exact, _mm256_add_pd(_mm256_load_pd(exact), found));
+}
 #endif
 
+// Tiles are read in order, each once from memory: rows that find no registers for their sums wait while it is in cache.
 template <int C>
 __attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const int8_t* panel, const float* scale,
                                          const int64_t* total, float* sums) {
-  constexpr int R = 4, kRows = R * kMaddRows;  // rows at once: a tile, or half of one
-  for (int row = 0; row < kTile; row += kRows) {
-    double exact[C][kRows] = {};
-    const uint8_t* from = w + row * 4;
-    const int8_t* q = panel;
-    for (int64_t begin = 0; begin < tiles; begin += kMaddTiles) {
+  constexpr int R = C == 1 ? kTile / kMaddRows : 4, kRows = R * kMaddRows;  // rows at once: a tile, or half of one
+  alignas(64) double exact[C][kTile] = {};
+  for (int64_t begin = 0; begin < tiles; begin += kMaddTiles) {
+    const int64_t end = begin + kMaddTiles < tiles ? begin + kMaddTiles : tiles;
+    for (int row = 0; row < kTile; row += kRows) {
       I16 acc[R][C] = {};
-      const int64_t end = begin + kMaddTiles < tiles ? begin + kMaddTiles : tiles;
+      const int8_t* q = panel + begin * kQuads * 8 * C;
       for (int64_t tile = begin; tile < end; ++tile) {
-        if (tile % (kPage / kTileBytes) == 0) prefetch_next_page(from + tile * kTileBytes);
-        for (int quad = 0; quad < kQuads; ++quad, q += 8 * C) {
-          const uint8_t* at = from + tile * kTileBytes + quad * kQuadBytes;
+        const uint8_t* at = w + tile * kTileBytes;
+        if (row == 0 && tile % (kPage / kTileBytes) == 0) prefetch_next_page(at);
+        at += row * 4;
+        for (int quad = 0; quad < kQuads; ++quad, q += 8 * C, at += kQuadBytes) {
           I16 tokens[C];
 #pragma GCC unroll 8
           for (int c = 0; c < C; ++c) {
@@ -265,7 +275,7 @@ __attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const 
             memcpy(&four, q + 8 * c, 8);
             tokens[c] = broadcast(four);
           }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
             const I16 weights = load_weights(at + r * kMaddRows * 4);
 #pragma GCC unroll 8
@@ -273,19 +283,15 @@ __attribute__((noinline)) void madd_dots(const uint8_t* w, int64_t tiles, const 
           }
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
-          alignas(64) int32_t pairs[2 * kMaddRows];
-          store_sums(pairs, acc[r][c]);
-          for (int i = 0; i < kMaddRows; ++i) exact[c][r * kMaddRows + i] += pairs[2 * i] + pairs[2 * i + 1];
-        }
+        for (int c = 0; c < C; ++c) add_rows(exact[c] + row + r * kMaddRows, acc[r][c]);
     }
-    for (int c = 0; c < C; ++c)
-      for (int half = 0; half < kRows; half += kHalfTile)
-        finish_sums(exact[c] + half, total[c], scale[c], sums + c * kTile + row + half);
   }
+  for (int c = 0; c < C; ++c)
+    for (int half = 0; half < kTile; half += kHalfTile)
+      finish_sums(exact[c] + half, total[c], scale[c], sums + c * kTile + half);
 }
 
 #else
