@@ -138,7 +138,7 @@ def main() -> int:
     print(f"every figure: {arguments.json} ({time.perf_counter() - started:.0f} s in all)\n")
     print("\n".join(table(timed, model, clock.device.name, bandwidth, rate)))
     told = ", ".join(f"{size} float32 {seconds * 1e6:.0f} us" for size, seconds in reduced.items())
-    print(f"all_reduce of two processes that take turns on this GPU: {told or 'failed'}")
+    print(f"all_reduce of two ranks (on one GPU they take turns): {told or 'failed'}")
     if runs:
         print("\n".join([*pipeline.loading(runs), *pipeline.table(runs)]))
     print("\n".join(failures), end="\n" if failures else "")
