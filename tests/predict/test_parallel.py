@@ -43,7 +43,7 @@ def test_without_a_launcher_it_is_rank_0_of_1(monkeypatch):
     [
         ({}, r"rank 1 of 4 waited up to 0\.05 s for the other ranks"),
         ({"PADDLE_LOCAL_SIZE": "2"}, "the job has 4 ranks, 2 of them from this machine's launcher"),
-        ({"PADDLE_TRAINER_ENDPOINTS": "a:1,a:2,b:1,b:2"}, r"hosts a, b.*start all on one machine"),
+        ({"PADDLE_TRAINER_ENDPOINTS": "a:1,a:2,b:1,b:2"}, r"hosts a, b.*start all on one with --nproc_per_node"),
         ({"PADDLE_TRAINER_ID": "x"}, "PADDLE_TRAINER_ID is 'x', needs the number"),
         ({"PADDLE_TRAINERS_NUM": "0"}, "PADDLE_TRAINERS_NUM is '0', needs the number"),
         ({"PADDLE_TRAINER_ID": "4"}, "rank is 4, needs 0 to 3"),
