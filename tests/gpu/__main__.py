@@ -10,7 +10,7 @@ import time
 
 from tests.gpu import cases
 from tests.gpu.case import seed_run
-from tests.gpu.devices import EmulatedDevice, TorchDevice
+from tests.gpu.devices import EmulatedDevice, gpu
 
 MOST_FAILURES_SHOWN = 20
 
@@ -26,7 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed_run(arguments.seed)
     started = time.perf_counter()
-    device = EmulatedDevice() if arguments.emulate else TorchDevice()
+    device = EmulatedDevice() if arguments.emulate else gpu()
     print(f"built for {device.name} in {time.perf_counter() - started:.0f} s; --seed {arguments.seed}", flush=True)
 
     totals: dict[str, list] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.gpu import pipeline
 from tests.gpu.clock import EmulatedClock, GpuClock
 from tests.gpu.collective_times import all_reduce_seconds
-from tests.gpu.devices import EmulatedDevice, TorchDevice
+from tests.gpu.devices import EmulatedDevice, TorchDevice, gpu
 from tests.gpu.workloads import FORMATS, MIXTRAL_8X7B, TINY, Model, Timed, all_timed
 
 
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("build/gpu/bench.json"), help="where every figure goes")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    clock = EmulatedClock(EmulatedDevice()) if arguments.emulate else GpuClock(TorchDevice())
+    clock = EmulatedClock(EmulatedDevice()) if arguments.emulate else GpuClock(gpu())
     model = TINY if arguments.emulate else MIXTRAL_8X7B
     print(f"built for {clock.device.name} in {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -6,6 +6,7 @@ and workspace(bytes).
 
 import ctypes
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -155,3 +156,17 @@ class TorchDevice:
 
     def workspace(self, bytes: int) -> _TorchArray:
         return self.empty((bytes,), np.uint8)
+
+
+def gpu() -> TorchDevice:
+    """This machine's GPU; ends the process with one sentence where it lacks one, or what drives it."""
+    instead = "; GPU=--emulate (or --emulate) is the dry run that needs none of this"
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"{sys.executable} has no PyTorch: install torch with it, or have make PYTHON=another one{instead}")
+    if not torch.cuda.is_available():
+        sys.exit(f"PyTorch {torch.__version__} finds no NVIDIA GPU on this machine{instead}")
+    if nvcc.find() is None:
+        sys.exit(f"{nvcc.MISSING}{instead}")
+    return TorchDevice()
