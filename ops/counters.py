@@ -17,7 +17,7 @@ class Counters:
     Attributes:
         kernel_s: seconds in each kernel, by its name ("linear", "fused_moe", ...), from call to return; of a device's,
             which run one after another without the CPU, nothing.
-        moe_calls: calls of fused_moe: one a layer and step.
+        moe_calls: calls of fused_moe: one a layer and step; on a device, one for every 2,048 tokens of them or fewer.
         experts_hit: experts with at least one token, summed over those calls.
         busiest_tokens: tokens of the busiest expert, summed over those calls.
     """

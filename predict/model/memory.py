@@ -60,7 +60,7 @@ def _no_room(size: int, place: Place) -> Iterator[None]:
         yield
     except (MemoryError, OSError) as error:  # the latter is what Paddle makes of a CustomDevice's refusal
         raise MemoryError(
-            f"{device_name(place)} has no memory left for a weight of {size / 1e9:.3f} GB; use --quant_type "
+            f"{device_name(place)} has no memory left for {size / 1e9:.3f} GB more; use --quant_type "
             "weight_only_int8, or --device cpu"
         ) from error
 

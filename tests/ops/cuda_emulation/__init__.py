@@ -45,7 +45,7 @@ def build(name: str, sources: list[Path]) -> Path:
         return str(made)
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile_one, [*sources, HERE / "simt.cc"]))
+        objects = list(pool.map(compile_one, [*sources, *sorted(HERE.glob("*.cc"))]))
     target = FOLDER / f"{name}.so"
     unfinished = target.with_suffix(f".{os.getpid()}.so")
     subprocess.run(["g++", "-shared", "-o", str(unfinished), *objects], check=True)

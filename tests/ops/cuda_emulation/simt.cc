@@ -8,14 +8,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
 #include <numeric>
 #include <random>
 #include <vector>
+
+#include "guarded_memory.h"
 
 #ifndef __x86_64__
 #error "the switch of fibers is written for x86-64"
@@ -51,8 +51,6 @@ namespace simt {
 Indices running;
 
 namespace {
-
-constexpr size_t kStack = 64 * 1024, kPage = 4096;
 
 struct Copy {
   void* shared;
@@ -119,29 +117,6 @@ int find_static_shared(dl_phdr_info* info, size_t, void*) {
   static_shared = static_cast<unsigned char*>(info->dlpi_tls_data) + tls->p_filesz;
   static_shared_end = static_cast<unsigned char*>(info->dlpi_tls_data) + tls->p_memsz;
   return 1;
-}
-
-void poison(unsigned char* from, unsigned char* to) {
-  for (; from + 4 <= to; from += 4) memcpy(from, &kPoison, 4);
-}
-
-unsigned char* map(size_t bytes, int protection) {
-  void* memory = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
-    perror("CUDA emulation: mmap");
-    abort();
-  }
-  return static_cast<unsigned char*>(memory);
-}
-
-// Every thread's stack above a page of its own that nothing may touch, so that an overflow is a fault.
-unsigned char* stack_top(unsigned thread) {
-  static unsigned char* stacks = [] {
-    unsigned char* memory = map(kMostThreads * (kPage + kStack), PROT_READ | PROT_WRITE);
-    for (unsigned i = 0; i < kMostThreads; ++i) mprotect(memory + i * (kPage + kStack), kPage, PROT_NONE);
-    return memory;
-  }();
-  return stacks + (thread + 1) * (kPage + kStack);
 }
 
 unsigned number(const Thread* thread) { return static_cast<unsigned>(thread - threads); }
@@ -272,10 +247,11 @@ void on_fault(int signal, siginfo_t* info, void*) {
 class Faults {
  public:
   Faults() {
-    static unsigned char* alternate = map(kStack, PROT_READ | PROT_WRITE);
+    constexpr size_t kBytes = 64 * 1024;
+    static unsigned char* const alternate = between_guards(kBytes);
     stack_t stack = {};
     stack.ss_sp = alternate;
-    stack.ss_size = kStack;
+    stack.ss_size = kBytes;
     sigaltstack(&stack, &old_stack_);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
@@ -322,16 +298,11 @@ const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void
   ++launches;
   anchor = 0;  // so that this thread has its .tbss
   dl_iterate_phdr(find_static_shared, nullptr);
-  static unsigned char* const shared_pages = [] {
-    const size_t usable = (kMostShared + kPage - 1) / kPage * kPage;
-    unsigned char* memory = map(usable + 2 * kPage, PROT_NONE);
-    mprotect(memory + kPage, usable, PROT_READ | PROT_WRITE);
-    return memory + kPage + usable;
-  }();
+  static unsigned char* const shared_end = between_guards(kMostShared) + whole_pages(kMostShared);
   num_threads = block.x * block.y * block.z;
   num_warps = (num_threads + kWarp - 1) / kWarp;
   shared_bytes = (bytes + 127) / 128 * 128;
-  shared = shared_pages - shared_bytes;
+  shared = shared_end - shared_bytes;
   entry = entry_;
   closure = closure_;
   running.block_size = block;
@@ -479,18 +450,4 @@ __attribute__((visibility("default"))) void pm_emulation_configure(int order, in
 
 // Launches so far.
 __attribute__((visibility("default"))) uint64_t pm_emulation_launches() { return simt::launches; }
-
-// `bytes` of "device" memory that end, up to 15 bytes, at a page nothing may touch; filled with kPoison.
-__attribute__((visibility("default"))) void* pm_emulation_allocate(uint64_t bytes) {
-  const uint64_t rounded = (bytes + 15) / 16 * 16, pages = (rounded + simt::kPage - 1) / simt::kPage * simt::kPage;
-  unsigned char* memory = simt::map(pages + 2 * simt::kPage, PROT_NONE) + simt::kPage;
-  mprotect(memory, pages, PROT_READ | PROT_WRITE);
-  simt::poison(memory, memory + pages);
-  return memory + pages - rounded;
-}
-
-__attribute__((visibility("default"))) void pm_emulation_free(void* memory, uint64_t bytes) {
-  const uint64_t rounded = (bytes + 15) / 16 * 16, pages = (rounded + simt::kPage - 1) / simt::kPage * simt::kPage;
-  munmap(static_cast<unsigned char*>(memory) + rounded - pages - simt::kPage, pages + 2 * simt::kPage);
-}
 }

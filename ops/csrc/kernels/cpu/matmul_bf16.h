@@ -6,7 +6,7 @@
 //             and multiply-adds give the same bits.
 // DENORMALS   are zeros of their sign, as operands and as sums: the unit knows no others. MXCSR tells multiply-adds so.
 // WEIGHTS     lie in the lanes, a row each, and a token's pair is the same for all: nothing is summed across lanes, and a
-//             strip of tiles is one stream, which the processor prefetches best by itself.
+//             strip of tiles is one stream.
 // UNITS       avx512_bf16 where the processor has it (has_bf16_unit), else multiply-adds. Where it has tiles of bfloat16
 //             (has_bf16_tiles), matmul_bf16_tiles.h does all of this, in its own order.
 #ifndef PADDLE_MIXTRAL_MATMUL_BF16_H_

@@ -70,8 +70,8 @@ typedef struct pm_device_kernels {
   int (*all_reduce)(const float* x, float* y, int64_t n, void* stream);
   int (*all_gather)(const float* x, float* y, int64_t rows, int64_t cols, void* stream);
 
-  // counters.h: pm_cpu_expert_counts of the calling thread's device, where tokens that
-  // fused_moe takes in turns count as so many calls. Unlike all others it waits, for all work there.
+  // counters.h: pm_cpu_expert_counts of the calling thread's device, where tokens that fused_moe takes in
+  // turns count as so many calls. Unlike all others it waits, for all work there.
   int (*expert_counts)(int64_t* calls, int64_t* experts_hit, int64_t* busiest_tokens);
 } pm_device_kernels;
 
