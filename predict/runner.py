@@ -1,6 +1,6 @@
 """One step(): the only two places that know whether the network runs as a dynamic graph or as an exported program."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from paddle.base.core import Place
 from ops import library
 from ops.gpu_group import check_gpus
 from predict.engine.batch import INPUT_NAMES, StepBatch, StepResult
-from predict.engine.request import MAX_TOP_LOGPROBS
 from predict.model.config import MixtralConfig
 from predict.model.memory import CPU, ELEMENT_BYTES, empty
 from predict.model.mixtral import Mixtral
@@ -59,20 +58,18 @@ def _empty_caches(
         ) from error
 
 
-def _result(batch: StepBatch, fetches: Iterable[Callable[[], np.ndarray]]) -> StepResult:
+def _result(batch: StepBatch, fetches: list[Callable[[], np.ndarray]], place: Place | None) -> StepResult:
     """A step's outputs, each had by a call: a copy, on a GPU. What no row asks for is not fetched."""
-    tokens, logprobs, *top = fetches
-    if batch.wants_top_logprobs:
-        result = StepResult(tokens(), logprobs(), *(fetch() for fetch in top))
-    else:
-        shape = len(batch.sample_rows), MAX_TOP_LOGPROBS
-        result = StepResult(tokens(), logprobs(), np.full(shape, -1, np.int32), np.zeros(shape, np.float32))
-    check_gpus()
-    if (rows := np.flatnonzero(result.tokens < 0)).size:  # a device's word for what the CPU's operator refuses itself
-        raise ValueError(
-            f"sample: row {rows[0]} of logits holds NaN or +inf, or nothing but -inf (its bias added); needs finite "
-            "numbers (-inf: masked)"
-        )
+    wanted = len(fetches) if batch.wants_top_logprobs else 2
+    result = StepResult(*(fetch() for fetch in fetches[:wanted]))
+    if place is not None:
+        check_gpus()
+        rows = np.flatnonzero(result.tokens < 0)  # a device's word for what the CPU's operator refuses itself
+        if rows.size:
+            raise ValueError(
+                f"sample: row {rows[0]} of logits holds NaN or +inf, or nothing but -inf (its bias added); needs "
+                "finite numbers (-inf: masked)"
+            )
     return result
 
 
@@ -106,7 +103,7 @@ class DynamicRunner:
         """Runs one step."""
         with paddle.no_grad():
             outputs = self.model(*self._tensors(batch.arrays()), self.caches)
-        return _result(batch, [x.numpy for x in outputs])
+        return _result(batch, [x.numpy for x in outputs], self.model.place)
 
     def logits(self, batch: StepBatch) -> np.ndarray:
         """The logits [S, V] float32 the step would sample from."""
@@ -147,6 +144,7 @@ class StaticRunner:
         weights: dict[str, paddle.Tensor] | None = None,
     ):
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, config.vocab_size
+        self.place = place
         settings = inference.Config(f"{program}.json", "")
         if place is None:
             settings.disable_gpu()
@@ -179,4 +177,4 @@ class StaticRunner:
         for i, array in self.changes.among(batch.arrays()):
             self.inputs[i].copy_from_cpu(array)
         self.predictor.run()
-        return _result(batch, [handle.copy_to_cpu for handle in self.outputs])
+        return _result(batch, [handle.copy_to_cpu for handle in self.outputs], self.place)

@@ -1,6 +1,5 @@
 """Logits and greedy tokens of our network for a checkpoint folder, for the comparisons with transformers."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ def runner(
 
 def all_rows(sequence: Sequence, num_tokens: int) -> StepBatch:
     """A step over the sequence's next num_tokens tokens that samples every one of them."""
-    return replace(pack_scoring(sequence, num_tokens), sample_rows=np.arange(num_tokens, dtype=np.int32))
+    return pack_scoring(sequence, num_tokens)._replace(sample_rows=np.arange(num_tokens, dtype=np.int32))
 
 
 def logits_in_chunks(runner: DynamicRunner, token_ids: list[int], sizes: list[int]) -> np.ndarray:

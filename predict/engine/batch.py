@@ -1,6 +1,8 @@
 """The arguments of one step, packed without padding from the chunks that take part in it, and what it gives."""
 
-from dataclasses import dataclass, fields
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,8 +13,7 @@ from predict.engine.request import SamplingParams, Sequence
 POSITION, FORCED_TOKEN, TOP_LOGPROBS = 1, 3, 5  # columns of sampling_ints
 
 
-@dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NamedTuple):
     """One step's inputs, as every runner and exported program takes them: T new tokens of B sequences, S rows sampled.
 
     Attributes:
@@ -46,16 +47,16 @@ class StepBatch:
 
     def arrays(self) -> list[np.ndarray]:
         """The inputs in the order of the step's arguments."""
-        return [getattr(self, name) for name in INPUT_NAMES]
+        return list(self)
 
     @property
     def wants_top_logprobs(self) -> bool:
         """Whether any row does."""
-        return bool(self.sampling_ints[:, TOP_LOGPROBS].any())
+        return any(self.sampling_ints[:, TOP_LOGPROBS].tolist())
 
 
 # Rank and element type of every input, in the order of the step's arguments; every size is free.
-INPUTS = {f.name: (1, "int32") for f in fields(StepBatch)} | {
+INPUTS = dict.fromkeys(StepBatch._fields, (1, "int32")) | {
     "block_tables": (2, "int32"),
     "sampling_floats": (2, "float32"),
     "sampling_ints": (2, "int64"),
@@ -70,13 +71,14 @@ class StepResult(NamedTuple):
     Attributes:
         tokens: [S] int32, the next token of each of the batch's sample_rows.
         logprobs: [S] float32, the model's log-probability of it.
-        top_ids, top_logprobs: [S, 20] int32 and float32, the most probable tokens of the rows that ask; else -1 and 0.
+        top_ids, top_logprobs: [S, 20] int32 and float32, the most probable tokens of the rows that ask, -1 and 0 of the
+            others; None where no row asks.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
 
 @dataclass(slots=True)  # not frozen, which would take eight times as long to make, for every sequence of every step
@@ -106,7 +108,8 @@ def pack(chunks: list[Chunk]) -> StepBatch:
     sampled = [(c.sequence, end - 1) for c, end in zip(chunks, offsets[1:], strict=True) if c.samples]
     sequences, rows = zip(*(sampled or [(_UNUSED, offsets[-1] - 1)]), strict=True)
     ints = _rows([s.int_row for s in sequences], np.int64)
-    ints[:, POSITION] = [len(s.token_ids) for s in sequences]
+    for i, s in enumerate(sequences):
+        ints[i, POSITION] = len(s.token_ids)
     histories = [s.token_ids.tobytes() if s.has_penalties else b"" for s in sequences]
     return _batch(
         chunks, offsets, rows, _rows([s.float_row for s in sequences], np.float32), ints, histories, sequences
@@ -142,10 +145,10 @@ def _batch(chunks, offsets, rows, floats, ints, histories, sequences) -> StepBat
     biases = [s.bias or (b"", b"") for s in sequences]
     return StepBatch(
         token_ids=_joined(tokens, np.int32),
-        cu_seqlens=np.array(offsets, np.int32),
-        context_lens=np.array([s.num_computed for s in owners], np.int32),
+        cu_seqlens=_int32(offsets),
+        context_lens=_int32(s.num_computed for s in owners),
         block_tables=_joined(tables, np.int32).reshape(len(chunks), width),
-        sample_rows=np.array(rows, np.int32),
+        sample_rows=_int32(rows),
         sampling_floats=floats,
         sampling_ints=ints,
         history_ids=_ragged(histories, np.int32),
@@ -154,6 +157,11 @@ def _batch(chunks, offsets, rows, floats, ints, histories, sequences) -> StepBat
         bias_values=_ragged([values for _, values in biases], np.float32),
         bias_offsets=_ends([ids for ids, _ in biases]),
     )
+
+
+def _int32(numbers: Iterable[int]) -> np.ndarray:
+    # Not np.array: in a decode the weights drive all code from the caches, and its conversions are much code.
+    return np.frombuffer(array("i", numbers), np.int32)
 
 
 def _joined(pieces: list[bytes], dtype: type) -> np.ndarray:
@@ -171,4 +179,4 @@ def _ragged(pieces: list[bytes], dtype: type) -> np.ndarray:
 
 def _ends(pieces: list[bytes]) -> np.ndarray:
     """Where each piece of 4-byte elements begins, and where the last ends."""
-    return np.array(list(accumulate(map(len, pieces), initial=0)), np.int32) // 4
+    return _int32(accumulate((len(piece) // 4 for piece in pieces), initial=0))

@@ -310,5 +310,7 @@ class Engine:
 
 
 def _alternatives(result: StepResult, row: int, count: int) -> list[tuple[int, float]]:
+    if result.top_ids is None or result.top_logprobs is None:
+        return []  # every row that wants some wants 0 of them
     ids, logprobs = result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist()
     return [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0]
