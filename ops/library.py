@@ -11,7 +11,7 @@ from ops import DEVICE_RUNTIME
 
 PATH = Path(__file__).resolve().parent / "libpaddle_mixtral.so"
 MAX_THREADS = 1024  # OpenMP crashes the process where the system refuses it a thread
-ABI_VERSION = 5  # PM_OPS_ABI_VERSION of ops/csrc/kernels/include/common.h
+ABI_VERSION = 6  # PM_OPS_ABI_VERSION of ops/csrc/kernels/include/common.h
 
 
 class OperatorLibraryError(RuntimeError):

@@ -13,12 +13,9 @@ import paddle
 from paddle import nn
 from paddle.base.core import Place
 
-from ops.attention import append_attention
+from ops.blocks import Norm, PagedCache, Weight, attention_block, head, moe_block
 from ops.collective import all_gather, all_reduce
 from ops.embedding import embedding
-from ops.linear import linear, weight_only_linear
-from ops.moe import fused_moe
-from ops.norm import add_rms_norm, rms_norm
 from ops.quantize import INT8_ZERO, gate_up_shape, packed_shape
 from ops.sampling import sample
 from predict.model.config import DTYPES, ConfigError, MixtralConfig
@@ -29,20 +26,14 @@ QUANT_TYPES = {"weight_only_int8": 16, "a8w8": 8}
 
 
 class Linear(nn.Layer):
-    """y = x W^T with W [out, in] in the activation dtype or int8; all but float32 packed."""
+    """A weight [out, in] in the activation dtype or int8; all but float32 packed."""
 
     padded = False
 
-    def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None, out_dtype: str):
+    def __init__(self, out_features: int, in_features: int, dtype: str, quant_type: str | None):
         super().__init__()
-        self.out_features, self.out_dtype = out_features, out_dtype
-        self.activation_bits = _activation_bits(quant_type)
+        self.out_features = out_features
         _add_weight(self, "weight", [out_features, in_features], dtype, quant_type, packed_shape)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if self.activation_bits is not None:
-            return weight_only_linear(x, self.weight, self.weight_scale, self.out_dtype, self.activation_bits)
-        return linear(x, self.weight, self.out_features, self.out_dtype)
 
 
 class DecoderLayer(nn.Layer):
@@ -58,39 +49,41 @@ class DecoderLayer(nn.Layer):
         hidden, head_dim = config.hidden_size, config.head_dim
         intermediate, experts = config.intermediate_size // world_size, config.num_local_experts
         _add_buffer(self, "input_layernorm", [hidden], "float32")
-        self.qkv_proj = Linear((self.num_heads + 2 * self.num_kv_heads) * head_dim, hidden, dtype, quant_type, dtype)
-        self.o_proj = Linear(hidden, self.num_heads * head_dim, dtype, quant_type, "float32")
+        self.qkv_proj = Linear((self.num_heads + 2 * self.num_kv_heads) * head_dim, hidden, dtype, quant_type)
+        self.o_proj = Linear(hidden, self.num_heads * head_dim, dtype, quant_type)
         _add_buffer(self, "post_attention_layernorm", [hidden], "float32")
         _add_buffer(self, "gate", [experts, hidden], "float32")
         self.activation_bits = _activation_bits(quant_type)
         _add_weight(self, "w13", [experts, 2 * intermediate, hidden], dtype, quant_type, _gate_up_shape)
         _add_weight(self, "w2", [experts, hidden, intermediate], dtype, quant_type, packed_shape)
 
-    def forward(self, residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables):
+    def forward(self, residual, delta, cache: PagedCache):
         """residual [T, H] and what the layer before leaves to be added to it -> the same two after this layer."""
-        eps = self.config.rms_norm_eps
-        if delta is None:
-            normed = rms_norm(residual, self.input_layernorm, eps, self.dtype)
-        else:
-            normed, residual = add_rms_norm(residual, delta, self.input_layernorm, eps, self.dtype)
-        attended = append_attention(
-            self.qkv_proj(normed),  # [T, (Hq + 2 Hkv) * D]
-            key_cache,
-            value_cache,
-            cu_seqlens,
-            context_lens,
-            block_tables,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            rope_theta=self.config.rope_theta,
-            sliding_window=self.config.sliding_window or 0,
-        )  # [T, Hq * D]
-        delta = all_reduce(self.o_proj(attended), self.world_size)
-        normed, residual = add_rms_norm(residual, delta, self.post_attention_layernorm, eps, self.dtype)
-        int8 = self.activation_bits is not None
-        quantised = (self.w13_scale, self.w2_scale, self.activation_bits) if int8 else ()
-        mixed = fused_moe(normed, self.gate, self.w13, self.w2, self.config.num_experts_per_tok, *quantised)
-        return residual, all_reduce(mixed, self.world_size)
+        config, eps = self.config, self.config.rms_norm_eps
+        delta, residual = attention_block(
+            residual,
+            delta,
+            Norm(self.input_layernorm, eps, self.dtype),
+            _weight(self.qkv_proj, "weight"),
+            _weight(self.o_proj, "weight"),
+            cache,
+            self.num_heads,
+            self.num_kv_heads,
+            config.rope_theta,
+            config.sliding_window or 0,
+            self.activation_bits,
+        )
+        delta, residual = moe_block(
+            residual,
+            all_reduce(delta, self.world_size),
+            Norm(self.post_attention_layernorm, eps, self.dtype),
+            self.gate,
+            _weight(self, "w13"),
+            _weight(self, "w2"),
+            config.num_experts_per_tok,
+            self.activation_bits,
+        )
+        return residual, all_reduce(delta, self.world_size)
 
 
 class Mixtral(nn.Layer):
@@ -128,7 +121,7 @@ class Mixtral(nn.Layer):
             [DecoderLayer(config, dtype, quant_type, world_size) for _ in range(config.num_hidden_layers)]
         )
         _add_buffer(self, "norm", [config.hidden_size], "float32")
-        self.lm_head = Linear(padded_vocab_share(config, world_size), config.hidden_size, dtype, quant_type, "float32")
+        self.lm_head = Linear(padded_vocab_share(config, world_size), config.hidden_size, dtype, quant_type)
         self.eval()
 
     def logits(self, token_ids, cu_seqlens, context_lens, block_tables, sample_rows, caches) -> paddle.Tensor:
@@ -136,10 +129,12 @@ class Mixtral(nn.Layer):
         residual, delta = embedding(token_ids, self.embed_tokens), None  # [T, H]
         for i, layer in enumerate(self.layers):
             key_cache, value_cache = caches[2 * i], caches[2 * i + 1]
-            residual, delta = layer(residual, delta, key_cache, value_cache, cu_seqlens, context_lens, block_tables)
-        eps = self.config.rms_norm_eps
-        hidden, _ = add_rms_norm(residual, delta, self.norm, eps, self.dtype, rows=sample_rows)  # [S, H]
-        logits = all_gather(self.lm_head(hidden), self.world_size)
+            cache = PagedCache(key_cache, value_cache, cu_seqlens, context_lens, block_tables)
+            residual, delta = layer(residual, delta, cache)
+        norm, weight = Norm(self.norm, self.config.rms_norm_eps, self.dtype), _weight(self.lm_head, "weight")
+        bits = _activation_bits(self.quant_type)
+        logits = head(residual, delta, norm, sample_rows, weight, self.lm_head.out_features, bits)
+        logits = all_gather(logits, self.world_size)
         # The last rank's share of the vocabulary may be padded.
         return logits if logits.shape[1] == self.config.vocab_size else logits[:, : self.config.vocab_size]
 
@@ -187,8 +182,13 @@ def check_shardable(config: MixtralConfig, world_size: int) -> None:
             )
 
 
-def _activation_bits(quant_type: str | None) -> int | None:
-    return None if quant_type is None else QUANT_TYPES[quant_type]
+def _activation_bits(quant_type: str | None) -> int:
+    return 16 if quant_type is None else QUANT_TYPES[quant_type]
+
+
+def _weight(layer: nn.Layer, name: str) -> Weight:
+    """What :func:`_add_weight` made."""
+    return Weight(getattr(layer, name), getattr(layer, f"{name}_scale", None))
 
 
 def _add_buffer(layer: nn.Layer, name: str, shape: list[int], dtype: str) -> None:

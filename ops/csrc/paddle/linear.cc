@@ -1,7 +1,7 @@
 // pm_linear: checks and allocation around kernels/include/linear.h.
 #include "../kernels/include/linear.h"
 
-#include "target.h"
+#include "operators.h"
 
 namespace {
 
@@ -9,10 +9,11 @@ using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
-std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale, int out_features,
-                           const std::string& out_dtype, int activation_bits) {
-  const char* op = scale ? "weight_only_linear" : "linear";
-  const pm::Target at = pm::target(op, {{"x", x}, {"weight", weight}, {"scale", scale}});
+}  // namespace
+
+Tensor pm::linear(const char* op, const Target& at, const Tensor& x, const Tensor& weight,
+                  const paddle::optional<Tensor>& scale, int64_t out_features, const std::string& out_dtype,
+                  int activation_bits) {
   pm::check_tensor(op, "x", x, at.activations(), {-1, -1});
   const int64_t T = x.shape()[0], K = x.shape()[1];
   const int64_t N = out_features;  // a packed weight may have more rows, of zeros
@@ -42,7 +43,16 @@ std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::
     pm::check_status(op, pm_cpu_linear(x.data(), x_dtype, weight.data(), w_dtype, scales, activation_bits, y.data(), y_dtype,
                                        T, N, K, nullptr));
   }
-  return {y};
+  return y;
+}
+
+namespace {
+
+std::vector<Tensor> linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale, int out_features,
+                           const std::string& out_dtype, int activation_bits) {
+  const char* op = scale ? "weight_only_linear" : "linear";
+  const pm::Target at = pm::target(op, {{"x", x}, {"weight", weight}, {"scale", scale}});
+  return {pm::linear(op, at, x, weight, scale, out_features, out_dtype, activation_bits)};
 }
 std::vector<Shape> linear_shape(const Shape& x, const Shape&, const paddle::optional<Shape>&, int out_features,
                                 const std::string&, int) {

@@ -1,7 +1,7 @@
 // pm_fused_moe: checks and allocation around kernels/include/moe.h.
 #include "../kernels/include/moe.h"
 
-#include "target.h"
+#include "operators.h"
 
 namespace {
 
@@ -21,12 +21,11 @@ Shape experts(int64_t E, Shape one) {
   return one;
 }
 
-std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor& w13, const Tensor& w2,
-                              const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale, int top_k,
-                              int activation_bits) {
-  const char* op = "fused_moe";
-  const pm::Target at =
-      pm::target(op, {{"x", x}, {"gate", gate}, {"w13", w13}, {"w2", w2}, {"w13_scale", w13_scale}, {"w2_scale", w2_scale}});
+}  // namespace
+
+Tensor pm::fused_moe(const char* op, const Target& at, const Tensor& x, const Tensor& gate, const Tensor& w13,
+                     const Tensor& w2, const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale,
+                     int top_k, int activation_bits) {
   pm::check_tensor(op, "x", x, at.activations(), {-1, -1});
   const int64_t T = x.shape()[0], H = x.shape()[1];
   pm::check_tensor(op, "gate", gate, {DataType::FLOAT32}, {-1, H});
@@ -78,7 +77,18 @@ std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor&
     pm::check_status(op, pm_cpu_fused_moe(x.data(), x_dtype, gate.data<float>(), w13.data(), w2.data(), w_dtype, w13_scales,
                                           w2_scales, activation_bits, y.data<float>(), T, H, I, E, top_k, nullptr));
   }
-  return {y};
+  return y;
+}
+
+namespace {
+
+std::vector<Tensor> fused_moe(const Tensor& x, const Tensor& gate, const Tensor& w13, const Tensor& w2,
+                              const paddle::optional<Tensor>& w13_scale, const paddle::optional<Tensor>& w2_scale, int top_k,
+                              int activation_bits) {
+  const char* op = "fused_moe";
+  const pm::Target at =
+      pm::target(op, {{"x", x}, {"gate", gate}, {"w13", w13}, {"w2", w2}, {"w13_scale", w13_scale}, {"w2_scale", w2_scale}});
+  return {pm::fused_moe(op, at, x, gate, w13, w2, w13_scale, w2_scale, top_k, activation_bits)};
 }
 std::vector<Shape> fused_moe_shape(const Shape& x, const Shape&, const Shape&, const Shape&, const paddle::optional<Shape>&,
                                    const paddle::optional<Shape>&) {

@@ -1,7 +1,7 @@
 // pm_rms_norm and pm_add_rms_norm: checks and allocation around kernels/include/norm.h.
 #include "../kernels/include/norm.h"
 
-#include "target.h"
+#include "operators.h"
 
 namespace {
 
@@ -9,14 +9,10 @@ using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
-struct Result {
-  Tensor y, sum;
-};
+}  // namespace
 
-// `delta` and `rows` may be NULL; without delta there is no sum.
-Result run(const char* op, const Tensor& residual, const Tensor* delta, const Tensor& weight, const Tensor* rows, float eps,
-           const std::string& out_dtype) {
-  const pm::Target at = pm::target(op, {{"residual", residual}, {"delta", delta}, {"weight", weight}, {"rows", rows}});
+Tensor pm::rms_norm(const char* op, const Target& at, const Tensor& residual, const Tensor* delta, const Tensor& weight,
+                    const Tensor* rows, float eps, const std::string& out_dtype, Tensor* sum) {
   pm::check_tensor(op, "residual", residual, {DataType::FLOAT32}, {-1, -1});
   const int64_t T = residual.shape()[0], H = residual.shape()[1];
   if (delta) pm::check_tensor(op, "delta", *delta, {DataType::FLOAT32}, {T, H});
@@ -25,21 +21,23 @@ Result run(const char* op, const Tensor& residual, const Tensor* delta, const Te
   pm::check_tensor(op, "weight", weight, {DataType::FLOAT32}, {H});
   if (H < 1 || !(eps > 0)) pm::fail(op, "needs H >= 1 and eps > 0, found H = ", H, ", eps = ", eps);
   const int64_t S = rows ? rows->numel() : T;
-  Result result;
-  result.y = paddle::empty({S, H}, pm::out_dtype(op, out_dtype, at.activations()), residual.place());
-  if (delta) result.sum = paddle::empty({S, H}, DataType::FLOAT32, residual.place());
+  Tensor y = paddle::empty({S, H}, pm::out_dtype(op, out_dtype, at.activations()), residual.place());
+  if (sum && sum != &residual) *sum = paddle::empty({S, H}, DataType::FLOAT32, residual.place());
   const auto norm = at.device ? at.device->rms_norm : pm_cpu_rms_norm;
-  pm::check_status(
-      op,
-      norm(residual.data<float>(), delta ? delta->data<float>() : nullptr, rows ? rows->data<int32_t>() : nullptr,
-           weight.data<float>(), delta ? result.sum.data<float>() : nullptr, result.y.data(),
-           pm::abi_dtype(result.y.dtype()), S, H, eps, at.stream),
-      at);
-  return result;
+  pm::check_status(op,
+                   norm(residual.data<float>(), delta ? delta->data<float>() : nullptr,
+                        rows ? rows->data<int32_t>() : nullptr, weight.data<float>(), sum ? sum->data<float>() : nullptr,
+                        y.data(), pm::abi_dtype(y.dtype()), S, H, eps, at.stream),
+                   at);
+  return y;
 }
 
+namespace {
+
 std::vector<Tensor> rms_norm(const Tensor& residual, const Tensor& weight, float eps, const std::string& out_dtype) {
-  return {run("rms_norm", residual, nullptr, weight, nullptr, eps, out_dtype).y};
+  const char* op = "rms_norm";
+  const pm::Target at = pm::target(op, {{"residual", residual}, {"weight", weight}});
+  return {pm::rms_norm(op, at, residual, nullptr, weight, nullptr, eps, out_dtype, nullptr)};
 }
 std::vector<Shape> rms_norm_shape(const Shape& residual, const Shape&) { return {residual}; }
 std::vector<DataType> rms_norm_dtype(const DataType&, const DataType&, float, const std::string& out_dtype) {
@@ -48,8 +46,11 @@ std::vector<DataType> rms_norm_dtype(const DataType&, const DataType&, float, co
 
 std::vector<Tensor> add_rms_norm(const Tensor& residual, const Tensor& delta, const Tensor& weight,
                                  const paddle::optional<Tensor>& rows, float eps, const std::string& out_dtype) {
-  const Result result = run("add_rms_norm", residual, &delta, weight, rows.get_ptr(), eps, out_dtype);
-  return {result.y, result.sum};
+  const char* op = "add_rms_norm";
+  const pm::Target at = pm::target(op, {{"residual", residual}, {"delta", delta}, {"weight", weight}, {"rows", rows}});
+  Tensor sum;
+  Tensor y = pm::rms_norm(op, at, residual, &delta, weight, rows.get_ptr(), eps, out_dtype, &sum);
+  return {y, sum};
 }
 std::vector<Shape> add_rms_norm_shape(const Shape& residual, const Shape&, const Shape&,
                                       const paddle::optional<Shape>& rows) {

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised whenever an operator's inputs, outputs, attributes or meaning change. Exported programs record it.
-#define PM_OPS_ABI_VERSION 5
+#define PM_OPS_ABI_VERSION 6
 
 typedef enum {
   PM_F32 = 0,
