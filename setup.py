@@ -49,7 +49,10 @@ DEPENDENCIES = [
     "datasets<4",
     "pyarrow<20",
     "sentencepiece>=0.2",
-    "numpy>=1.26",
+    'numpy>=1.26; python_version < "3.12"',
+    # What paddlenlp needs there (tool_helpers 0.1.2) takes no later one, which pip finds so late that it goes back to a
+    # pandas that has to be compiled, and cannot be.
+    'numpy>=1.26,<2; python_version >= "3.12"',
     "safetensors>=0.5",
     "jinja2>=3.1",
     "tqdm>=4.66",
