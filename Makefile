@@ -49,7 +49,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/ops/*.cc tests/ops/cuda_emulation/*.[hc]*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/ops/*.cc tests/ops/*_emulation/*.[hc]*
 
 bench-peers: $(READY)
 	$(BIN)/python -m tests.benchmarks.peers $(PEERS)

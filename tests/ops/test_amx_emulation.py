@@ -1,211 +1,212 @@
-"""The kernels of the amx variant where the processor has none: their tile instructions emulated, the same bits."""
+"""The amx kernels of the library as it ships where the processor has no AMX: their tile instructions are emulated."""
 
-import ctypes
+import hashlib
+import json
+import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
-import paddle
 import pytest
 
-from ops import reference
-from ops.moe import fused_moe
-from ops.quantize import pack_bf16, pack_gate_up, pack_int8
+from predict.llm import LLM
+from predict.model.weights import DEMO
 from setup import ISA_FLAGS, KERNEL_FLAGS
-from tests.ops.instruction_sets import NEEDED
-from tests.ops.test_linear import assert_same_bits, extremes
-from tests.ops.test_moe import TOLERANCE
+from tests.ops import test_linear, test_moe
+from tests.ops.amx_emulation import configuration
+from tests.ops.instruction_sets import NEEDED, digests
 
-SOURCE = Path(__file__).with_name("amx_emulation.cc")
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = Path(__file__).with_name("amx_emulation")
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    if NEEDED["avx512"] not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX-512, which the amx kernels use beside the tiles")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a process that has AMX."""
+    processor = Path("/proc/cpuinfo").read_text()
+    if NEEDED["amx"] in processor:
+        pytest.skip("this processor has AMX, so that test_amx.py and the other tests run on it")
+    if NEEDED["avx512_vnni"] not in processor:
+        pytest.skip("this processor has no AVX-512 with VNNI, which the amx kernels use beside the tiles")
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulation with")
     library = tmp_path_factory.mktemp("amx") / "amx_emulation.so"
-    subprocess.run(["g++", *KERNEL_FLAGS, *ISA_FLAGS["avx512"], "-shared", SOURCE, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+    flags = [*KERNEL_FLAGS, *ISA_FLAGS["avx512"]]
+    subprocess.run(["g++", *flags, "-shared", EMULATION / "trap.cc", "-o", library], check=True)
+    # Passive: a thread that waits for one whose instructions are emulated would take a processor from others.
+    return {"LD_PRELOAD": str(library), "PADDLE_MIXTRAL_ISA": "amx", "OMP_WAIT_POLICY": "passive"}
 
 
-def call(function, *arguments):
-    """Arrays by their address, numbers as int64."""
-    status = function(
-        *(ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments)
+# Those in which tiles are multiplied; that rows do not depend on their batch, too, follows for int8 from exact sums.
+TESTS = [
+    "test_amx.py",
+    "test_linear.py::test_linear_bf16_is_the_reference",
+    "test_linear.py::test_more_tokens_than_a_block_holds_in_bf16",
+    "test_linear.py::test_denormals_and_what_is_not_finite_in_bf16",
+    "test_linear.py::test_weight_only_linear_is_the_reference",
+    "test_linear.py::test_rows_without_a_scale",
+    "test_linear.py::test_rows_do_not_depend_on_their_batch_or_the_threads[bfloat16-16]",
+    "test_moe.py::test_fused_moe_is_the_reference",
+    "test_moe.py::test_tokens_do_not_depend_on_their_batch_or_the_threads[bfloat16]",
+    "test_matrix.py::test_every_unit_has_a_rate",
+]
+
+
+def test_the_kernels_of_the_library(environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
+    command += [f"tests/ops/{test}" for test in TESTS]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^\d+ passed in ", run.stdout, re.MULTILINE), run.stdout  # and none was skipped
+
+
+def digest() -> dict[str, str]:
+    """Of int8: products, experts, and what the demo model says, tokens and log-probabilities."""
+    from tests.system.test_same_tokens import outcome, requests
+
+    found = {"linear": test_linear.digest()["int8"]}
+    found |= {dtype: test_moe.digest()[dtype] for dtype in ("int8", "a8w8")}
+    prompts, params = requests(DEMO)
+    for quant_type in ("weight_only_int8", "a8w8"):
+        said = outcome(LLM(DEMO, quant_type=quant_type), prompts[:8], params[:8])
+        found[f"demo, {quant_type}"] = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    return found
+
+
+def test_int8_has_the_bits_of_this_processor(environment):
+    assert digests("test_amx_emulation", ["amx"], environment) == {"amx": digest()}
+
+
+GOOD = configuration({0: (4, 64), 1: (4, 64), 2: (16, 64), 3: (16, 64)})
+
+
+def changed(byte: int, value: int):
+    other = GOOD.copy()
+    other[byte] = value
+    return other
+
+
+def tiles(*sizes: tuple[int, int]):
+    return configuration(dict(enumerate(sizes)))
+
+
+NOTHING_LOADED = "#UD: no configuration of tiles is loaded"
+NO_SUCH_TILE = "#UD: there is no tile above 7"
+NO_FORM = "#UD: no tile instruction has this form"
+NOT_DISTINCT = "#UD: the three tiles of a product are not distinct"
+NOT_CONFIGURED = "#UD: the configuration does not have this tile"
+NOT_WORDS = "#UD: a row of the tile is not a number of words"
+OTHER = "neither this processor nor the emulation has this instruction"
+LOAD = "c4 e2 78 49 07"  # ldtilecfg (%rdi)
+ACCEPTED = {
+    "nothing": (GOOD, ""),
+    "a configuration, and its release": (GOOD, f"{LOAD} c4 e2 78 49 c0"),
+    "tilezero of rows of 62 bytes": (tiles((4, 62)), f"{LOAD} c4 e2 7b 49 c0"),
+    "palette 0": (configuration({}, palette=0), LOAD),
+    "a product of bytes": (GOOD, f"{LOAD} c4 e2 6b 5e c1"),
+    "a product of bfloat16": (GOOD, f"{LOAD} c4 e2 6a 5c c1"),
+}
+# Configuration, code, and what is said of it. A product of tiles 1 and 2 added to tile 0 is c4 e2 6b 5e c1 (tdpbssd):
+# its third byte names the second operand (inverted, from bit 3) and the prefix, its fifth the sums (from bit 3) and the
+# first operand.
+REFUSED = {
+    "tilezero, nothing loaded": (GOOD, "c4 e2 7b 49 c0", NOTHING_LOADED),
+    "tilezero after tilerelease": (GOOD, f"{LOAD} c4 e2 78 49 c0 c4 e2 7b 49 c0", NOTHING_LOADED),
+    "tileloadd, nothing loaded": (GOOD, "c4 e2 7b 4b 04 26", NOTHING_LOADED),
+    "tilestored, nothing loaded": (GOOD, "c4 e2 7a 4b 04 26", NOTHING_LOADED),
+    "tdpbssd, nothing loaded": (GOOD, "c4 e2 6b 5e c1", NOTHING_LOADED),
+    "tilezero after palette 0": (configuration({}, palette=0), f"{LOAD} c4 e2 7b 49 c0", NOTHING_LOADED),
+    "tilezero of tile 4": (GOOD, f"{LOAD} c4 e2 7b 49 e0", NOT_CONFIGURED),
+    "tileloadd of tile 4": (GOOD, f"{LOAD} c4 e2 7b 4b 24 26", NOT_CONFIGURED),
+    "tilestored of tile 4": (GOOD, f"{LOAD} c4 e2 7a 4b 24 26", NOT_CONFIGURED),
+    "product to tile 4": (GOOD, f"{LOAD} c4 e2 6b 5e e1", NOT_CONFIGURED),
+    "product of tile 4": (GOOD, f"{LOAD} c4 e2 6b 5e c4", NOT_CONFIGURED),
+    "product with tile 4": (GOOD, f"{LOAD} c4 e2 5b 5e c1", NOT_CONFIGURED),
+    "tilezero of tile 8": (GOOD, f"{LOAD} c4 62 7b 49 c0", NO_SUCH_TILE),
+    "product to tile 8": (GOOD, f"{LOAD} c4 62 6b 5e c1", NO_SUCH_TILE),
+    "product of tile 9": (GOOD, f"{LOAD} c4 c2 6b 5e c1", NO_SUCH_TILE),
+    "product with tile 10": (GOOD, f"{LOAD} c4 e2 2b 5e c1", NO_SUCH_TILE),
+    "tileloadd of rows of 62 bytes": (tiles((4, 62)), f"{LOAD} c4 e2 7b 4b 04 26", NOT_WORDS),
+    "tilestored of rows of 62 bytes": (tiles((4, 62)), f"{LOAD} c4 e2 7a 4b 04 26", NOT_WORDS),
+    "product of rows of 62 bytes": (tiles((4, 64), (4, 62), (15, 64)), f"{LOAD} c4 e2 6b 5e c1", NOT_WORDS),
+    "tdpbssd, sums and first operand": (GOOD, f"{LOAD} c4 e2 6b 5e c0", NOT_DISTINCT),
+    "tdpbssd, both operands": (GOOD, f"{LOAD} c4 e2 6b 5e c2", NOT_DISTINCT),
+    "tdpbssd, sums and last operand": (GOOD, f"{LOAD} c4 e2 6b 5e d1", NOT_DISTINCT),
+    "tdpbf16ps, both operands": (GOOD, f"{LOAD} c4 e2 6a 5c c2", NOT_DISTINCT),
+    "rows": (
+        tiles((4, 64), (5, 64), (16, 64)),
+        f"{LOAD} c4 e2 6b 5e c1",
+        "#UD: the sums have not as many rows as the first operand",
+    ),
+    "words": (
+        tiles((4, 64), (4, 32), (16, 64)),
+        f"{LOAD} c4 e2 6b 5e c1",
+        "#UD: a row of the first operand has not as many words as the second has rows",
+    ),
+    "columns": (
+        tiles((4, 32), (4, 64), (16, 64)),
+        f"{LOAD} c4 e2 6a 5c c1",
+        "#UD: the sums have not as many columns as the second operand",
+    ),
+    "tileloadd (%rsi), not as SIB": (GOOD, f"{LOAD} c4 e2 7b 4b 06", "#UD: the address of a tile has no SIB byte"),
+    "tileloadd without a base": (
+        GOOD,
+        f"{LOAD} c4 e2 7b 4b 04 0d 00 00 00 00",
+        "not emulated: an address without a base register",
+    ),
+    "VEX.W": (GOOD, f"{LOAD} c4 e2 fb 49 c0", "#UD: VEX.W or VEX.L is set"),
+    "VEX.L": (GOOD, f"{LOAD} c4 e2 7f 49 c0", "#UD: VEX.W or VEX.L is set"),
+    "tilezero with a third operand": (GOOD, f"{LOAD} c4 e2 73 49 c0", NO_FORM),
+    "tileloadd with a third operand": (GOOD, f"{LOAD} c4 e2 73 4b 04 26", NO_FORM),
+    "tileloadd of registers": (GOOD, f"{LOAD} c4 e2 7b 4b c1", NO_FORM),
+    "tileloadd without a prefix": (GOOD, f"{LOAD} c4 e2 78 4b 04 26", NO_FORM),
+    "ldtilecfg with a register": (GOOD, "c4 e2 78 49 0f", NO_FORM),
+    "ldtilecfg with f2": (GOOD, "c4 e2 7b 49 07", NO_FORM),
+    "tilerelease with a register": (GOOD, "c4 e2 78 49 c1", NO_FORM),
+    "a product from memory": (GOOD, f"{LOAD} c4 e2 6b 5e 06", NO_FORM),
+    "tdpfp16ps": (GOOD, f"{LOAD} c4 e2 6b 5c c1", "#UD: a product of neither bytes nor bfloat16"),
+    "ud2": (GOOD, "0f 0b", OTHER),
+    "tilezero behind 66": (GOOD, f"{LOAD} 66 c4 e2 7b 49 c0", OTHER),
+    "tilezero behind lock": (GOOD, f"{LOAD} f0 c4 e2 7b 49 c0", OTHER),
+    "palette 2": (changed(0, 2), LOAD, "#GP: the palette is neither 0 nor 1"),
+    "start_row": (changed(1, 1), LOAD, "not emulated: a configuration whose start_row is not zero"),
+    "byte 2": (changed(2, 1), LOAD, "#GP: a reserved byte of the configuration, 2 to 15, is not zero"),
+    "byte 15": (changed(15, 1), LOAD, "#GP: a reserved byte of the configuration, 2 to 15, is not zero"),
+    "bytes of tile 8": (changed(32, 1), LOAD, "#GP: the configuration has a tile above 7"),
+    "rows of tile 15": (changed(63, 1), LOAD, "#GP: the configuration has a tile above 7"),
+    "17 rows": (changed(48, 17), LOAD, "#GP: a tile has more than 16 rows"),
+    "65 bytes": (changed(18, 65), LOAD, "#GP: a tile has rows of more than 64 bytes"),
+    "320 bytes": (changed(19, 1), LOAD, "#GP: a tile has rows of more than 64 bytes"),
+    "no rows": (changed(48, 0), LOAD, "#GP: a tile has rows without bytes, or bytes without rows"),
+    "no bytes": (changed(16, 0), LOAD, "#GP: a tile has rows without bytes, or bytes without rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(environment) -> dict[str, tuple[int, str]]:
+    """How each piece of code ended, and what it said."""
+    pieces = ACCEPTED | REFUSED
+    run = subprocess.run(
+        [sys.executable, EMULATION / "try_codes.py"],
+        input=json.dumps([(piece[0].tobytes().hex(), piece[1]) for piece in pieces.values()]),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert status == 0
+    return dict(zip(pieces, map(tuple, json.loads(run.stdout)), strict=True))
 
 
-# Tokens around 8, from which tiles are used, around a tile's 16 and a task's 256 (128 of two planes); rows and columns
-# around a tile's 32 and 64; so many columns of 17 tokens that a task takes several strips of weights.
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(
-    ("tokens", "rows", "columns"),
-    [
-        (1, 32, 64),
-        (8, 1, 1),
-        (15, 33, 65),
-        (16, 70, 200),
-        (17, 31, 63),
-        (32, 64, 129),
-        (33, 9, 40),
-        (100, 96, 1100),
-        (17, 520, 40000),
-        (300, 40, 70),
-    ],
-)
-def test_linear_is_the_reference(emulation, tokens, rows, columns, bits):
-    generator = np.random.default_rng(tokens)
-    x = generator.standard_normal((tokens, columns), np.float32)
-    q, scale = reference.quantize_int8(generator.standard_normal((rows, columns), np.float32))
-    y = np.empty((tokens, rows), np.float32)
-    call(emulation.emulated_linear, x, pack_int8(q), scale, y, tokens, rows, columns, bits)
-    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale, bits))
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_the_processor_does_is_done(outcomes, name):
+    assert outcomes[name] == (0, "")
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_the_longest_and_largest_sums_are_exact(emulation, bits):
-    x, q = np.full([16, 65536], 3.0, np.float32), np.full([32, 65536], 127, np.int8)
-    x[1], q[1:20] = -3.0, -127
-    scale, y = np.ones(32, np.float32), np.empty((16, 32), np.float32)
-    call(emulation.emulated_linear, x, pack_int8(q), scale, y, *y.shape, 65536, bits)
-    np.testing.assert_array_equal(y, reference.weight_only_linear(x, q, scale, bits))
-
-
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("tokens", [1, 20, 130])
-def test_fused_moe_is_what_this_processor_computes(emulation, tokens, bits):
-    hidden, intermediate, experts = 150, 70, 5
-    generator = np.random.default_rng(tokens)
-    x, gate = (generator.standard_normal((n, hidden), np.float32) for n in (tokens, experts))
-    w13, w2 = (generator.integers(-127, 128, (experts, *s)).astype(np.int8) for s in ((140, hidden), (hidden, 70)))
-    scales = [generator.random((experts, n), np.float32) / 100 for n in (140, hidden)]
-    packed = np.stack([pack_gate_up(w) for w in w13]), np.stack([pack_int8(w) for w in w2])
-    y = np.empty((tokens, hidden), np.float32)
-    call(emulation.emulated_moe, x, gate, *packed, *scales, y, tokens, hidden, intermediate, experts, 2, bits)
-    tensors = [paddle.to_tensor(a) for a in (x, gate, *packed)]
-    np.testing.assert_array_equal(y, fused_moe(*tensors, 2, *map(paddle.to_tensor, scales), bits).numpy())
-
-
-def bits_of(values):
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def random_bf16(generator, *shape):
-    return reference.round_bf16(generator.standard_normal(shape, np.float32))
-
-
-def linear_bf16(emulation, x, packed, rows):
-    """x: the bits [T, K]."""
-    y = np.empty((len(x), rows), np.float32)
-    call(emulation.emulated_linear_bf16, x, packed, y, *y.shape, x.shape[1])
-    return y
-
-
-# Tokens around a tile's 16, a pair of tiles' 32 and a task's 256; rows and columns around a tile's 32 and 32, columns
-# around a block's 256.
-@pytest.mark.parametrize(
-    ("tokens", "rows", "columns"),
-    [
-        (1, 1, 1),
-        (1, 70, 600),
-        (2, 17, 15),
-        (3, 5, 100),
-        (15, 31, 33),
-        (16, 32, 32),
-        (17, 33, 255),
-        (33, 40, 257),
-        (49, 64, 511),
-        (100, 96, 1100),
-        (300, 40, 70),
-    ],
-)
-def test_linear_bf16_is_the_reference(emulation, tokens, rows, columns):
-    generator = np.random.default_rng(tokens)
-    x, weight = random_bf16(generator, tokens, columns), random_bf16(generator, rows, columns)
-    y = linear_bf16(emulation, bits_of(x), pack_bf16(bits_of(weight)), rows)
-    assert_same_bits(y, reference.linear_bf16_tiles(x, weight))
-    # A product's share is rounded up to 15 times in its chain, once with the other chain, and once a tile; each time to
-    # within 2^-24 of at most the sum of the magnitudes. In the other instruction sets' order it is up to K times.
-    roundings = min(columns, 16 + -(-columns // 32))
-    magnitudes = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
-    assert np.all(np.abs(y - x.astype(np.float64) @ weight.astype(np.float64).T) <= roundings * 2.0**-24 * magnitudes)
-    others = reference.linear_bf16(x, weight)
-    assert np.all(np.abs(y - others) <= (roundings + columns) * 2.0**-24 * magnitudes)
-
-
-# Sums around the smallest normal number; denormal operands and products by large ones; overflow; infinities and NaN.
-@pytest.mark.parametrize("exponents", [(60, 68), (0, 3), (0, 255), (180, 200), (0, 256)])
-@pytest.mark.parametrize("tokens", [1, 17])
-def test_denormals_and_what_is_not_finite_in_bf16(emulation, tokens, exponents):
-    x, weight = extremes(tokens, tokens, 70, exponents), extremes(20, 40, 70, exponents)
-    weight[:, 1::2] = weight[:, ::2] ^ (weight[:, 1::2] & 0x8001)  # sums that cancel, nearly or wholly
-    x[:, 1::2] = x[:, ::2]
-    values = [(a.astype(np.uint32) << 16).view(np.float32) for a in (x, weight)]
-    assert_same_bits(linear_bf16(emulation, x, pack_bf16(weight), 40), reference.linear_bf16_tiles(*values))
-
-
-@pytest.fixture
-def threads(emulation):
-    yield lambda n: call(emulation.emulated_set_num_threads, n)
-    call(emulation.emulated_set_num_threads, 2)
-
-
-def test_rows_of_bf16_do_not_depend_on_their_batch_or_the_threads(emulation, threads):
-    generator = np.random.default_rng(3)
-    x, weight = bits_of(random_bf16(generator, 70, 523)), pack_bf16(bits_of(random_bf16(generator, 300, 523)))
-    alone = np.concatenate([linear_bf16(emulation, x[t : t + 1], weight, 300) for t in range(70)])
-    for n in (1, 2, 3):
-        threads(n)
-        for tokens in range(1, 71):
-            np.testing.assert_array_equal(linear_bf16(emulation, x[70 - tokens :], weight, 300), alone[70 - tokens :])
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_nor_on_the_strips_of_a_task(emulation, threads, n):
-    """17 tokens of 20,000 columns and a strip of weights are too much for the cache: so a task takes several strips."""
-    generator = np.random.default_rng(4)
-    x, weight = bits_of(random_bf16(generator, 17, 20000)), pack_bf16(bits_of(random_bf16(generator, 600, 20000)))
-    threads(n)
-    together = linear_bf16(emulation, x, weight, 600)
-    for t in (0, 8, 16):
-        np.testing.assert_array_equal(linear_bf16(emulation, x[t : t + 1], weight, 600), together[t : t + 1])
-
-
-class Experts:
-    """Random experts of bfloat16, and their emulated product."""
-
-    def __init__(self, emulation, hidden, intermediate, experts):
-        generator = np.random.default_rng(hidden)
-        self.function, self.sizes = emulation.emulated_moe_bf16, (hidden, intermediate, experts)
-        self.gate = generator.standard_normal((experts, hidden), np.float32)
-        self.w13 = random_bf16(generator, experts, 2 * intermediate, hidden) / 8  # exact
-        self.w2 = random_bf16(generator, experts, hidden, intermediate) / 8
-        self.packed = [
-            np.stack([pack(bits_of(w)) for w in ws]) for pack, ws in ((pack_gate_up, self.w13), (pack_bf16, self.w2))
-        ]
-
-    def __call__(self, x):
-        y = np.empty(x.shape, np.float32)
-        call(self.function, bits_of(x), self.gate, *self.packed, y, len(x), *self.sizes, 2)
-        return y
-
-
-@pytest.mark.parametrize("tokens", [1, 20, 130])
-def test_fused_moe_bf16_is_the_reference(emulation, tokens):
-    layer = Experts(emulation, 150, 70, 5)
-    x = random_bf16(np.random.default_rng(tokens), tokens, 150)
-    expected = reference.fused_moe(x, layer.gate, layer.w13, layer.w2, 2, bf16_product=reference.linear_bf16_tiles)
-    np.testing.assert_allclose(layer(x), expected, rtol=0, atol=TOLERANCE["bfloat16"] * np.abs(expected).max())
-
-
-def test_tokens_of_experts_do_not_depend_on_their_batch_or_the_threads(emulation, threads):
-    layer, x = Experts(emulation, 150, 70, 5), random_bf16(np.random.default_rng(5), 70, 150)
-    alone = np.concatenate([layer(x[t : t + 1]) for t in range(70)])
-    for n in (1, 2, 3):
-        threads(n)
-        for tokens in range(1, 71):
-            np.testing.assert_array_equal(layer(x[70 - tokens :]), alone[70 - tokens :])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_processor_refuses_ends_the_process(outcomes, name):
+    status, said = outcomes[name]
+    assert status == -signal.SIGILL
+    assert said.startswith(f"amx emulation: {REFUSED[name][2]}; the code is ")
