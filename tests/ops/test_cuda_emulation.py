@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from tests.ops.cuda_emulation import HERE, MODES, Emulation, build
+from tests.ops.cuda_emulation import FORWARD, HERE, MODES, Emulation, build
 
 RNG = np.random.default_rng(5)
 LAUNCH_FAILED = 7
@@ -144,7 +144,7 @@ def test_a_missing_barrier_is_wrong_in_some_mode(emulation, name):
 
 def test_shared_memory_nobody_wrote_is_not_a_number(kernels):
     y = np.zeros(128, np.float32)
-    assert kernels.unwritten(at(y)) == 0
+    assert kernels.unwritten(at(y), 256) == 0
     np.testing.assert_array_equal(y[:32], 1)
     assert np.isnan(y[32:]).all()
 
@@ -176,11 +176,35 @@ def test_a_wrong_kernel_is_an_error(kernels, fault):
     assert all(word in message for word in words), message
 
 
-def test_a_launch_beyond_the_limits_is_refused(kernels):
-    assert kernels.shared_memory(0) == LAUNCH_FAILED  # of no threads
+def test_a_launch_of_no_threads_is_refused(kernels):
+    assert kernels.no_threads() == LAUNCH_FAILED
     assert "invalid argument" in kernels.last_error().decode()
-    assert kernels.shared_memory(163 * 1024 + 1) == LAUNCH_FAILED
-    assert "bytes of shared memory" in kernels.last_error().decode()
+
+
+@pytest.mark.parametrize(("gpu", "most"), [("sm_80", 163 * 1024), ("sm_90a", 227 * 1024)])
+def test_a_block_has_as_much_shared_memory_as_on_the_gpu(emulation, gpu, most):
+    emulation.configure(FORWARD, gpu=gpu)
+    y = np.zeros(128, np.float32)
+    assert emulation.library.unwritten(at(y), most) == 0
+    assert np.isnan(y[32:]).all()
+    assert emulation.library.unwritten(at(y), most + 1) == LAUNCH_FAILED
+    assert f"{most + 1} bytes of shared memory: invalid argument" in emulation.library.last_error().decode()
+
+
+def test_launches_that_only_count_are_held_to_the_limits_and_do_not_run(emulation):
+    emulation.configure(FORWARD)
+    before = emulation.launches()
+    with emulation.only_counting():
+        assert emulation.library.unwritten(None, 256) == 0
+        assert emulation.library.unwritten(None, 163 * 1024 + 1) == LAUNCH_FAILED
+    assert emulation.launches() == before + 1
+
+
+def test_the_launch_that_is_to_fail_fails_alone(emulation):
+    emulation.configure(FORWARD)
+    y = np.zeros(128, np.float32)
+    emulation.fail(2)
+    assert [emulation.library.unwritten(at(y), 256) for _ in range(3)] == [0, LAUNCH_FAILED, 0]
 
 
 def test_atomics_and_the_order_of_blocks(emulation):

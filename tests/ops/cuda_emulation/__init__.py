@@ -3,7 +3,9 @@
 import ctypes
 import os
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +23,9 @@ FLAGS = [
 # (order, late): simt.h. Every result must be the same in all of them.
 FORWARD, REVERSE, SHUFFLED = (0, 0), (1, 1), (2, 1)
 MODES = {"forward": FORWARD, "reverse": REVERSE, "shuffled": SHUFFLED}
+
+# The GPUs that can be emulated, by the major number of their compute capability: what shared memory a block may have.
+GPUS = {"sm_80": 8, "sm_90a": 9}
 
 
 # What a thread does not set is neither zero nor a number.
@@ -61,13 +66,31 @@ class Emulation:
         self.library.pm_emulation_allocate.restype = ctypes.c_void_p
         self.library.pm_emulation_allocate.argtypes = [ctypes.c_uint64]
         self.library.pm_emulation_free.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-        self.library.pm_emulation_launches.restype = ctypes.c_uint64
-        self.library.pm_emulation_configure.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self.library.pm_emulation_launches.restype = self.library.pm_emulation_waits.restype = ctypes.c_uint64
+        self.library.pm_emulation_configure.argtypes = [*[ctypes.c_int] * 2, ctypes.c_uint64, *[ctypes.c_int] * 2]
+        self.library.pm_emulation_fail.argtypes = [ctypes.c_uint64]
 
-    def configure(self, mode: tuple[int, int], seed: int = 0, multiprocessors: int = 4) -> None:
-        """The order of threads and blocks and the time of copies, from the next launch on."""
-        self.library.pm_emulation_configure(*mode, seed, multiprocessors)
+    def configure(self, mode: tuple[int, int], seed: int = 0, multiprocessors: int = 4, gpu: str = "sm_80") -> None:
+        """The order of threads and blocks, the time of copies and the GPU, from the next launch on."""
+        self.library.pm_emulation_configure(*mode, seed, multiprocessors, GPUS[gpu])
+
+    @contextmanager
+    def only_counting(self) -> Iterator[None]:
+        """Launches are counted and held to the GPU's limits, but do not run: pointers may be any."""
+        self.library.pm_emulation_run(0)
+        try:
+            yield
+        finally:
+            self.library.pm_emulation_run(1)
+
+    def fail(self, launch: int) -> None:
+        """Of the launches from now on the `launch`-th, counted from 1, fails; 0: none."""
+        self.library.pm_emulation_fail(launch)
 
     def launches(self) -> int:
         """Kernels launched so far."""
         return self.library.pm_emulation_launches()
+
+    def waits(self) -> int:
+        """Calls so far by which the host has waited for the device, or had it allocate."""
+        return self.library.pm_emulation_waits()

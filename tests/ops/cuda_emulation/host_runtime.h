@@ -55,35 +55,46 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 template <typename Symbol>
 cudaError_t cudaMemcpyFromSymbol(void* to, const Symbol& symbol, size_t bytes) {
+  simt::count_wait();
   memcpy(to, &symbol, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  simt::count_wait();
   return cudaMemcpyAsync(to, from, bytes, kind);
 }
-inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes); }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+  simt::count_wait();
+  return cudaMemsetAsync(p, value, bytes);
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  simt::count_wait();
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() {
+  simt::count_wait();
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? simt::multiprocessors()
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
-               ? static_cast<int>(simt::kMostShared)
-               : static_cast<int>(simt::kMostShared) + 1024;  // which a processor has beside its blocks'
+  const int most_shared = static_cast<int>(simt::most_shared());
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? simt::multiprocessors()
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? simt::capability()
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? most_shared
+                                                                  : most_shared + 1024;  // a processor has for its system
   return cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > simt::kMostShared) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes) > simt::most_shared()) return cudaErrorInvalidValue;
   simt::shared_limits()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }

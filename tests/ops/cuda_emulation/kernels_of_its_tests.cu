@@ -250,11 +250,11 @@ ENTRY turn_round(int barrier, const float* x, float* y) {
 ENTRY turn_round_warp(int barrier, const float* x, float* y) {
   return launch(barrier ? turn_round_warp_kernel<true> : turn_round_warp_kernel<false>, dim3(1), dim3(32), 0, nullptr, x, y);
 }
-ENTRY unwritten(float* y) { return launch(unwritten_kernel, dim3(1), dim3(64), 256, nullptr, y); }
+ENTRY unwritten(float* y, int bytes) { return launch(unwritten_kernel, dim3(1), dim3(64), bytes, nullptr, y); }
 ENTRY faulty(int which, float* y) {
   return launch(pm::cuda::Overlap::previous, faulty_kernel, dim3(1), dim3(64), 256, nullptr, which, y);
 }
-ENTRY shared_memory(int bytes) { return launch(unwritten_kernel, dim3(1), dim3(0), bytes, nullptr, nullptr); }
+ENTRY no_threads() { return launch(unwritten_kernel, dim3(1), dim3(0), 256, nullptr, nullptr); }
 ENTRY halves(const float* x, __half* y, const __half* z, float* w, int n) {
   return launch(half_kernel, dim3(1), dim3(32), 0, nullptr, x, y, z, w, n);
 }

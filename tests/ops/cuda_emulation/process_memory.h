@@ -35,11 +35,13 @@ inline cudaError_t map_file(void** p, int file) {
 }  // namespace simt
 
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  simt::count_wait();
   const int file = memfd_create("device memory", MFD_CLOEXEC);
   if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) return cudaErrorMemoryAllocation;
   return simt::map_file(p, file);
 }
 inline cudaError_t cudaFree(void* p) {
+  simt::count_wait();
   const auto found = simt::mappings().find(p);
   if (found == simt::mappings().end()) return p ? cudaErrorInvalidValue : cudaSuccess;
   munmap(p, found->second.bytes);

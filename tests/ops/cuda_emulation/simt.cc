@@ -12,9 +12,9 @@
 #include <algorithm>
 #include <mutex>
 #include <numeric>
-#include <random>
 #include <vector>
 
+#include "configuration.h"
 #include "guarded_memory.h"
 
 #ifndef __x86_64__
@@ -72,13 +72,6 @@ struct Thread {
   bool awaited;
 };
 
-struct Options {
-  int order = 0;
-  bool late = false;
-  int multiprocessors = 4;
-  std::mt19937_64 random;
-} options;
-
 std::mutex one_launch;
 
 // The launch under way.
@@ -97,7 +90,6 @@ unsigned char* shared;  // ends at a page that nothing may touch
 size_t shared_bytes;
 bool failed;
 char error[1024];
-uint64_t launches;
 
 // This library's thread-local memory: .tdata, then .tbss, where __shared__ arrays are. (A thread_local that is no shared
 // array must have an initial value, which puts it into .tdata.)
@@ -109,7 +101,7 @@ int find_static_shared(dl_phdr_info* info, size_t, void*) {
   const ElfW(Phdr)* tls = nullptr;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const ElfW(Phdr) & header = info->dlpi_phdr[i];
-    const uintptr_t at = reinterpret_cast<uintptr_t>(&options) - info->dlpi_addr;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(&configuration) - info->dlpi_addr;
     if (header.p_type == PT_LOAD && at >= header.p_vaddr && at < header.p_vaddr + header.p_memsz) ours = true;
     if (header.p_type == PT_TLS) tls = &header;
   }
@@ -129,8 +121,8 @@ void set_ready(Thread* thread) {
 // The first of n, in the order of this launch and going around after `last`, that `is_ready`; n where none is.
 template <typename IsReady>
 unsigned choose(unsigned n, unsigned last, IsReady is_ready) {
-  const unsigned step = options.order == 1 ? n - 1 : 1;
-  unsigned i = options.order == 2 ? options.random() % n : last;
+  const unsigned step = configuration.order == 1 ? n - 1 : 1;
+  unsigned i = configuration.order == 2 ? configuration.random() % n : last;
   for (unsigned count = 0; count < n; ++count, i = (i + step) % n) {
     if (is_ready(i)) return i;
   }
@@ -141,11 +133,11 @@ unsigned choose(unsigned n, unsigned last, IsReady is_ready) {
 Thread* next_thread(unsigned start) {
   const unsigned warp = choose(num_warps, start / kWarp, [](unsigned w) { return ready_lanes[w] != 0; });
   if (warp == num_warps) return nullptr;
-  const unsigned first_lane = warp == start / kWarp ? start % kWarp : options.order == 1 ? kWarp - 1 : 0;
+  const unsigned first_lane = warp == start / kWarp ? start % kWarp : configuration.order == 1 ? kWarp - 1 : 0;
   return &threads[warp * kWarp + choose(kWarp, first_lane, [&](unsigned l) { return (ready_lanes[warp] >> l & 1) != 0; })];
 }
 
-unsigned first_thread() { return options.order == 1 ? num_threads - 1 : 0; }
+unsigned first_thread() { return configuration.order == 1 ? num_threads - 1 : 0; }
 
 void set_running(Thread* thread) {
   current = thread;
@@ -296,6 +288,10 @@ void run_block(dim3 block) {
 const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void* closure_) {
   const std::lock_guard<std::mutex> lock(one_launch);
   ++launches;
+  must_await = next_must_await;
+  next_must_await = false;
+  if (configuration.launches_to_failure > 0 && --configuration.launches_to_failure == 0) return "it was to fail";
+  if (!configuration.runs) return nullptr;
   anchor = 0;  // so that this thread has its .tbss
   dl_iterate_phdr(find_static_shared, nullptr);
   static unsigned char* const shared_end = between_guards(kMostShared) + whole_pages(kMostShared);
@@ -308,13 +304,11 @@ const char* run(dim3 grid, dim3 block, size_t bytes, void (*entry_)(void*), void
   running.block_size = block;
   running.grid_size = grid;
   failed = false;
-  must_await = next_must_await;
-  next_must_await = false;
 
   std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
-  if (options.order == 1) std::reverse(blocks.begin(), blocks.end());
-  if (options.order == 2) std::shuffle(blocks.begin(), blocks.end(), options.random);
+  if (configuration.order == 1) std::reverse(blocks.begin(), blocks.end());
+  if (configuration.order == 2) std::shuffle(blocks.begin(), blocks.end(), configuration.random);
   const Faults faults;
   for (const uint64_t i : blocks) {
     running.block = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
@@ -407,18 +401,18 @@ void rendezvous(uint32_t mask, void* operand, void (*complete)(uint32_t, void* c
   for (unsigned i = 0; i < kWarp; ++i) {
     if (mask >> i & 1) set_ready(&lanes[i]);
   }
-  change_over(warp * kWarp + (options.order == 1 ? kWarp - 1 : 0));
+  change_over(warp * kWarp + (configuration.order == 1 ? kWarp - 1 : 0));
 }
 
 void yield() {
   set_ready(current);
   sched_yield();
-  const unsigned step = options.order == 1 ? num_threads - 1 : 1;
+  const unsigned step = configuration.order == 1 ? num_threads - 1 : 1;
   change_over((number(current) + step) % num_threads);
 }
 
 void copy_async(void* shared, const void* global) {
-  if (options.late) {
+  if (configuration.late) {
     current->copies.push_back({shared, global, current->group});
   } else {
     copy_16(shared, global);
@@ -435,19 +429,4 @@ void wait_copies(int groups_left) {
   copies.erase(copies.begin(), last);
 }
 
-int multiprocessors() { return options.multiprocessors; }
-
 }  // namespace simt
-
-extern "C" {
-
-__attribute__((visibility("default"))) void pm_emulation_configure(int order, int late, uint64_t seed, int multiprocessors) {
-  simt::options.order = order;
-  simt::options.late = late != 0;
-  simt::options.multiprocessors = multiprocessors;
-  simt::options.random.seed(seed);
-}
-
-// Launches so far.
-__attribute__((visibility("default"))) uint64_t pm_emulation_launches() { return simt::launches; }
-}

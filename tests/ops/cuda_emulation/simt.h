@@ -34,8 +34,8 @@ namespace simt {
 constexpr uint32_t kPoison = 0x7fffffffu;
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
 
-// Of sm_80: a block's shared memory at most.
-constexpr size_t kMostShared = 163 * 1024;
+// A block's shared memory at most, of every GPU that can be configured.
+constexpr size_t kMostShared = 227 * 1024;
 
 // A place in a source, by default arguments: the caller's.
 struct Site {
@@ -54,7 +54,10 @@ extern Indices running;
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(void*), void* closure);
 
 unsigned lane();
-int multiprocessors();  // of the GPU, as configured; no result may depend on it
+// Of the GPU, as configured; no result may depend on them.
+int multiprocessors();
+int capability();      // the major number: 8 for sm_80, 9 for sm_90a
+size_t most_shared();  // of a block
 unsigned char* dynamic_shared();
 bool is_shared(const void* address, size_t bytes);
 
@@ -76,6 +79,9 @@ void yield();
 void copy_async(void* shared, const void* global);
 void commit_copies();
 void wait_copies(int groups_left);
+
+// The host waits for the device, or has it allocate.
+void count_wait();
 
 // Every thread of the next launch must call await_previous().
 void expect_await();
