@@ -13,8 +13,10 @@ from tests.gpu.table import BF16, F16, F32, I8
 from tests.ops.sizes import LINEAR
 
 # (T, N, K) beside the CPU's: the tokens of an mma (8), of a decode launch and of a block of many; strips of 32 rows;
-# K of so many tiles that quarters are of one, and not of the same number.
+# K of so many tiles that quarters are of one, and not of the same number; and so long that int8 tokens fill a block's
+# shared memory: beside a shorter ring, in two parts and more.
 GPU_SIZES = [(8, 64, 256), (9, 96, 320), (32, 33, 192), (33, 128, 96), (65, 64, 130), (130, 160, 224), (257, 40, 64)]
+GPU_SIZES += [(13, 40, 6144), (28, 72, 6144), (31, 33, 4096)]
 SUBSETS = (slice(0, 1), slice(4, 5), slice(1, 9), slice(0, 40), slice(2, 100))
 
 

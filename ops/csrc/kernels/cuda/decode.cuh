@@ -41,8 +41,10 @@ __device__ __forceinline__ int of_this_block(int total) {
   return (total - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 }
 
+constexpr int kMostStages = 8;  // of a ring
+
 // Resident: the block has its tokens in shared memory; else they come through the ring.
-template <class Format, int Groups, bool Resident>
+template <class Format, int Groups, bool Resident, int Stages = kMostStages>
 struct Stream {
   using Sums = typename Format::Sum[Groups][Format::kPlanes][2][4];
 
@@ -50,7 +52,7 @@ struct Stream {
   static constexpr int kStageBytes = kTileBytes + (Resident ? 0 : Groups * Format::kPlanes * kPlaneBytes);
   static constexpr int kRoom = Groups * Format::kPlanes > 4 ? 144 * 1024 : 96 * 1024;  // of one block a processor, or of two
   static constexpr int kFit = kRoom / (kQuarters * kStageBytes);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kStages = kFit < Stages ? kFit : Stages;
   static constexpr int kRingBytes = kStages * kStageBytes;
 
   // Sums of the four warps with a group: [warp][plane][token][row], rows padded against bank conflicts.

@@ -1,9 +1,11 @@
 // Linear layers: include/linear.h, on tokens and weights as device.h says.
 //
 // FEW         up to 32 tokens: decode.cuh. One launch: tokens of 16 bits are read as they are, those for int8 weights are
-//             rounded by every block in its own shared memory while its first weights are on their way, sixteen at a time.
-//             Where sixteen do not fit (more than 4,096 columns; GPUs before H100), or more would read weights twice from
-//             memory, a launch before prepares them. Blocks stay and take strip after strip.
+//             rounded by every block in its own shared memory while its first weights are on their way, sixteen at a time
+//             or as many as fit. More tokens are passes over weights that the second level cache keeps, where sixteen fit,
+//             else parts of the grid: blocks with the same strips and other tokens run side by side, so that weights come
+//             from memory once and from the cache for each part. Blocks stay and take strip after strip. Where not even
+//             eight fit (more than 6,976 columns on an A100), a launch before prepares tokens.
 // MANY        grouped.cuh, of one group.
 // BUDGET      (counted, not measured; tests/gpu/PREDICTIONS.md)
 // UNSUPPORTED activations or weights of other types than device.h names, K > 65,536 with int8.
@@ -16,10 +18,16 @@ namespace pm::cuda {
 namespace {
 
 // Tokens that a block rounds for itself, where they fit: 1 or 2 groups of them at once.
+constexpr int64_t kAtOnce = 2 * kGroupTokens;
 constexpr int64_t kFewResidentBytes = 72 * 1024;  // eight tokens of 4,096 columns: of any GPU
 constexpr int kScratchBytes = 4 * 1024;           // static shared memory beside
-// More than two groups are multiplied two groups at a time, where the second level cache keeps the weights meanwhile.
+static_assert(sizeof(TokenScratch<kAtOnce>) + kAtOnce * (sizeof(float) + sizeof(int32_t)) <= kScratchBytes, "too little");
+constexpr int kShortStages = 5;  // of a ring that leaves more room for tokens: 32 KB under way
+// Weights that the second level cache keeps until they are read again.
 constexpr int64_t kCachedBytes = 40 * 1024 * 1024;
+// Parts of a grid by eights of tokens are at most four; more would read weights so often that a launch had better prepare
+// the tokens.
+constexpr int64_t kManyParts = kDecodeTokens / kGroupTokens + 1;
 
 // Bytes from a plane to the next of a block's own tokens: tokens are an odd number of half lines apart, so that eight
 // lanes, two tokens, find all banks.
@@ -28,17 +36,19 @@ __host__ __device__ constexpr int64_t resident_stride(int tiles) {
   return Format::kPlanes == 2 ? tiles * kTokenBytes + kTokenBytes / 2 : (tiles | 1) * kTokenBytes;
 }
 
-// tokens: prepared, or those that this block prepares from x (Resident). Strips blockIdx.x, + gridDim.x, ... are a block's.
-template <class Format, int Groups, bool Resident>
+// tokens: prepared, or those that this block prepares from x (Resident). Strips blockIdx.x, + gridDim.x, ... are a block's,
+// with the blockIdx.y-th `at_once` of T tokens and the gridDim.y-th ones after them.
+template <class Format, int Groups, bool Resident, int Stages>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
-    linear_decode(Activations x, TokenRows tokens, const unsigned char* w, RowsOut out, int T, int tiles, int strips) {
-  using Work = Stream<Format, Groups, Resident>;
+    linear_decode(Activations x, TokenRows tokens, const unsigned char* w, RowsOut out, int T, int at_once, int tiles,
+                  int strips) {
+  using Work = Stream<Format, Groups, Resident, Stages>;
   __shared__ float scale[Work::kTokens];
   __shared__ int32_t total[Work::kTokens];
   unsigned char* shared = dynamic_shared();
   const TokenRows own{shared + Work::kSharedBytes, resident_stride<Format>(tiles), scale, total};
-  for (int begin = 0; begin < T; begin += Work::kTokens) {
-    const int count = min(T - begin, Work::kTokens), groups = (count + kGroupTokens - 1) / kGroupTokens;
+  for (int begin = blockIdx.y * at_once; begin < T; begin += gridDim.y * at_once) {
+    const int count = min(T - begin, at_once), groups = (count + kGroupTokens - 1) / kGroupTokens;
     Work work(shared, tiles, of_this_block(strips), Resident ? own.stride : tokens.stride);
     const auto locate = [&](int i) {
       const int64_t strip = blockIdx.x + static_cast<int64_t>(i) * gridDim.x;
@@ -92,35 +102,51 @@ struct Plan {
   bool few() const { return T <= kDecodeTokens; }
   int64_t resident_bytes(int64_t tokens) const { return tokens * Format::kPlanes * resident_stride<Format>(tiles); }
   bool few_resident() const { return Format::kFixed && T <= kGroupTokens && resident_bytes(T) <= kFewResidentBytes; }
-  // Two groups at once, on a GPU whose blocks may have `room` bytes of shared memory.
-  bool more_resident(int room) const {
-    constexpr int kAtOnce = 2 * kGroupTokens;
-    if (!Format::kFixed || !few() || (T > kAtOnce && strips() * tiles * kTileBytes > kCachedBytes)) return false;
-    return Stream<Format, 2, true>::kSharedBytes + resident_bytes(T < kAtOnce ? T : kAtOnce) + kScratchBytes <= room;
+  // Parts of the grid that share a few tokens evenly, so that those of each fit beside a ring of so many stages on a GPU
+  // whose blocks may have `room` bytes of shared memory.
+  template <int Stages>
+  int64_t parts(int room) const {
+    const int64_t most = std::min(most_resident<Stages>(room), kAtOnce);
+    return most >= std::min<int64_t>(T, kGroupTokens) ? equal_parts(T, most) : kManyParts;
+  }
+  template <int Stages>
+  int64_t most_resident(int room) const {
+    return (room - kScratchBytes - Stream<Format, 2, true, Stages>::kSharedBytes) / resident_bytes(1);
+  }
+  // Whether the parts had better be passes of the same blocks.
+  bool in_passes(int room) const {
+    return T > kAtOnce && most_resident<kMostStages>(room) >= kAtOnce && strips() * tiles * kTileBytes <= kCachedBytes;
   }
 };
 
-template <class Format, int Groups, bool Resident>
+template <class Format, int Groups, bool Resident, int Stages = kMostStages>
 int launch_decode(const Activations& x, const TokenRows& tokens, const void* w, const RowsOut& out, const Plan<Format>& plan,
-                  void* stream) {
-  using Work = Stream<Format, Groups, Resident>;
-  const int64_t at_once = plan.T < Work::kTokens ? plan.T : Work::kTokens;
+                  int64_t parts, void* stream) {
+  using Work = Stream<Format, Groups, Resident, Stages>;
+  const int64_t at_once = std::min<int64_t>(equal_parts(plan.T, parts), Work::kTokens);
   const size_t bytes = Work::kSharedBytes + (Resident ? static_cast<size_t>(plan.resident_bytes(at_once)) : 0);
   unsigned blocks;
-  if (int status = decode_blocks(bytes, plan.strips(), &blocks)) return status;
-  return launch(Overlap::previous, linear_decode<Format, Groups, Resident>, dim3(blocks), dim3(kDecodeThreads), bytes,
-                stream, x, tokens, static_cast<const unsigned char*>(w), out, plan.T, plan.tiles, plan.strips());
+  if (int status = decode_blocks(bytes, plan.strips() * parts, &blocks)) return status;
+  const dim3 grid(std::max<int64_t>(blocks / parts, 1), parts);
+  return launch(Overlap::previous, linear_decode<Format, Groups, Resident, Stages>, grid, dim3(kDecodeThreads), bytes,
+                stream, x, tokens, static_cast<const unsigned char*>(w), out, plan.T, at_once, plan.tiles, plan.strips());
 }
 
 template <class Format>
 int linear_of(const Activations& x, const void* w, const RowsOut& out, int64_t T, void* workspace, void* stream) {
+  if (T == 0) return PM_OK;
   const Plan<Format> plan(T, out.N, x.K);
   TokenRows tokens{static_cast<unsigned char*>(const_cast<void*>(x.data)), plan.tiles * kTokenBytes, nullptr, nullptr};
   if constexpr (Format::kFixed) {
-    if (plan.few_resident()) return launch_decode<Format, 1, true>(x, tokens, w, out, plan, stream);
-    int room;
-    if (int status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return status;
-    if (plan.more_resident(room)) return launch_decode<Format, 2, true>(x, tokens, w, out, plan, stream);
+    if (plan.few_resident()) return launch_decode<Format, 1, true>(x, tokens, w, out, plan, 1, stream);
+    if (plan.few()) {
+      int room;
+      if (int status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return status;
+      const int64_t parts = plan.template parts<kMostStages>(room), fewer = plan.template parts<kShortStages>(room);
+      if (plan.in_passes(room)) return launch_decode<Format, 2, true>(x, tokens, w, out, plan, 1, stream);
+      if (fewer < parts) return launch_decode<Format, 2, true, kShortStages>(x, tokens, w, out, plan, fewer, stream);
+      if (parts < kManyParts) return launch_decode<Format, 2, true>(x, tokens, w, out, plan, parts, stream);
+    }
   }
   if (!taken_as_they_are<Format>(x.K)) {
     Workspace memory{static_cast<unsigned char*>(workspace)};
@@ -129,8 +155,8 @@ int linear_of(const Activations& x, const void* w, const RowsOut& out, int64_t T
                             plan.tiles, tokens))
       return status;
   }
-  if (T <= kGroupTokens) return launch_decode<Format, 1, false>(x, tokens, w, out, plan, stream);
-  if (plan.few()) return launch_decode<Format, kDecodeTokens / kGroupTokens, false>(x, tokens, w, out, plan, stream);
+  if (T <= kGroupTokens) return launch_decode<Format, 1, false>(x, tokens, w, out, plan, 1, stream);
+  if (plan.few()) return launch_decode<Format, kDecodeTokens / kGroupTokens, false>(x, tokens, w, out, plan, 1, stream);
   const WholeBatch batch{T};
   return T <= kFewRuns ? launch_grouped<Format, 64>(tokens, w, plan.strips(), plan.tiles, batch, out, stream)
                        : launch_grouped<Format, 128>(tokens, w, plan.strips(), plan.tiles, batch, out, stream);
