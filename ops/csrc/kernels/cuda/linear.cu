@@ -2,10 +2,10 @@
 //
 // FEW         up to 32 tokens: decode.cuh. One launch: tokens of 16 bits are read as they are, those for int8 weights are
 //             rounded by every block in its own shared memory while its first weights are on their way, sixteen at a time
-//             or as many as fit. More tokens are passes over weights that the second level cache keeps, where sixteen fit,
-//             else parts of the grid: blocks with the same strips and other tokens run side by side, so that weights come
-//             from memory once and from the cache for each part. Blocks stay and take strip after strip. Where not even
-//             eight fit (more than 6,976 columns on an A100), a launch before prepares tokens.
+//             or as many as fit. More tokens are parts of the grid: blocks with the same strips and other tokens run side
+//             by side, so that weights come from memory once and from the second level cache for each part. Blocks stay and
+//             take strip after strip. Where not even eight fit (more than 6,976 columns on an A100), a launch before
+//             prepares tokens.
 // MANY        grouped.cuh, of one group.
 // BUDGET      (counted, not measured; tests/gpu/PREDICTIONS.md)
 // UNSUPPORTED activations or weights of other types than device.h names, K > 65,536 with int8.
@@ -23,8 +23,6 @@ constexpr int64_t kFewResidentBytes = 72 * 1024;  // eight tokens of 4,096 colum
 constexpr int kScratchBytes = 4 * 1024;           // static shared memory beside
 static_assert(sizeof(TokenScratch<kAtOnce>) + kAtOnce * (sizeof(float) + sizeof(int32_t)) <= kScratchBytes, "too little");
 constexpr int kShortStages = 5;  // of a ring that leaves more room for tokens: 32 KB under way
-// Weights that the second level cache keeps until they are read again.
-constexpr int64_t kCachedBytes = 40 * 1024 * 1024;
 // Parts of a grid by eights of tokens are at most four; more would read weights so often that a launch had better prepare
 // the tokens.
 constexpr int64_t kManyParts = kDecodeTokens / kGroupTokens + 1;
@@ -37,7 +35,7 @@ __host__ __device__ constexpr int64_t resident_stride(int tiles) {
 }
 
 // tokens: prepared, or those that this block prepares from x (Resident). Strips blockIdx.x, + gridDim.x, ... are a block's,
-// with the blockIdx.y-th `at_once` of T tokens and the gridDim.y-th ones after them.
+// with the blockIdx.y-th `at_once` of T tokens.
 template <class Format, int Groups, bool Resident, int Stages>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     linear_decode(Activations x, TokenRows tokens, const unsigned char* w, RowsOut out, int T, int at_once, int tiles,
@@ -47,47 +45,45 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   __shared__ int32_t total[Work::kTokens];
   unsigned char* shared = dynamic_shared();
   const TokenRows own{shared + Work::kSharedBytes, resident_stride<Format>(tiles), scale, total};
-  for (int begin = blockIdx.y * at_once; begin < T; begin += gridDim.y * at_once) {
-    const int count = min(T - begin, at_once), groups = (count + kGroupTokens - 1) / kGroupTokens;
-    Work work(shared, tiles, of_this_block(strips), Resident ? own.stride : tokens.stride);
-    const auto locate = [&](int i) {
-      const int64_t strip = blockIdx.x + static_cast<int64_t>(i) * gridDim.x;
-      if (out.scale != nullptr && threadIdx.x == 0) prefetch(out.scale + strip * kTileRows);
-      typename Work::Segment segment;
-      segment.weights = w + (strip * tiles + work.first) * kTileBytes;
+  const int begin = blockIdx.y * at_once, count = min(T - begin, at_once);
+  const int groups = (count + kGroupTokens - 1) / kGroupTokens;
+  Work work(shared, tiles, of_this_block(strips), Resident ? own.stride : tokens.stride);
+  const auto locate = [&](int i) {
+    const int64_t strip = blockIdx.x + static_cast<int64_t>(i) * gridDim.x;
+    if (out.scale != nullptr && threadIdx.x == 0) prefetch(out.scale + strip * kTileRows);
+    typename Work::Segment segment;
+    segment.weights = w + (strip * tiles + work.first) * kTileBytes;
 #pragma unroll
-      for (int n = 0; n < Groups; ++n) {
-        const int token = n * kGroupTokens + work.lane / 4;
-        segment.token[n] = !Resident && token < count ? work.of_token(tokens, token) : nullptr;
+    for (int n = 0; n < Groups; ++n) {
+      const int token = n * kGroupTokens + work.lane / 4;
+      segment.token[n] = !Resident && token < count ? work.of_token(tokens, token) : nullptr;
+    }
+    return segment;
+  };
+  work.start(locate);
+  const unsigned char* resident[Groups] = {};
+  if constexpr (Resident) {
+    __shared__ TokenScratch<Work::kTokens> scratch;
+    round_tokens<Format::kPlanes>(x, begin, count, tiles, own, scratch);
+#pragma unroll
+    for (int n = 0; n < Groups; ++n)  // a column of no token gets the sums of another one
+      resident[n] = work.of_token(own, min(n * kGroupTokens + work.lane / 4, count - 1));
+  } else if (Format::kFixed && static_cast<int>(threadIdx.x) < count) {
+    scale[threadIdx.x] = tokens.scale[threadIdx.x];
+    total[threadIdx.x] = tokens.total[threadIdx.x];
+  }
+  for (int64_t strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+    typename Work::Sums sum;
+    work.multiply_segment(sum, groups, resident, locate);
+    const int64_t n = strip * kTileRows + work.lane;
+    work.share(sum, groups, [&](int group) {
+      for (int i = work.warp, token = group * kGroupTokens + i; i < kGroupTokens && token < count && n < out.N;
+           i += kQuarters, token += kQuarters) {
+        const float result =
+            work.total(i, work.lane, Format::kFixed ? scale[token] : 1.0f, Format::kFixed ? total[token] : 0);
+        store_element(out.y, out.dtype, (begin + token) * out.N + n, out.scaled(0, n, result));
       }
-      return segment;
-    };
-    work.start(locate);
-    const unsigned char* resident[Groups] = {};
-    if constexpr (Resident) {
-      __shared__ TokenScratch<Work::kTokens> scratch;
-      round_tokens<Format::kPlanes>(x, begin, count, tiles, own, scratch);
-#pragma unroll
-      for (int n = 0; n < Groups; ++n)  // a column of no token gets the sums of another one
-        resident[n] = work.of_token(own, min(n * kGroupTokens + work.lane / 4, count - 1));
-    } else if (Format::kFixed && static_cast<int>(threadIdx.x) < count) {
-      scale[threadIdx.x] = tokens.scale[threadIdx.x];
-      total[threadIdx.x] = tokens.total[threadIdx.x];
-    }
-    for (int64_t strip = blockIdx.x; strip < strips; strip += gridDim.x) {
-      typename Work::Sums sum;
-      work.multiply_segment(sum, groups, resident, locate);
-      const int64_t n = strip * kTileRows + work.lane;
-      work.share(sum, groups, [&](int group) {
-        for (int i = work.warp, token = group * kGroupTokens + i; i < kGroupTokens && token < count && n < out.N;
-             i += kQuarters, token += kQuarters) {
-          const float result =
-              work.total(i, work.lane, Format::kFixed ? scale[token] : 1.0f, Format::kFixed ? total[token] : 0);
-          store_element(out.y, out.dtype, (begin + token) * out.N + n, out.scaled(0, n, result));
-        }
-      });
-    }
-    __syncthreads();  // the tokens' scales have been read
+    });
   }
 }
 
@@ -106,16 +102,9 @@ struct Plan {
   // whose blocks may have `room` bytes of shared memory.
   template <int Stages>
   int64_t parts(int room) const {
-    const int64_t most = std::min(most_resident<Stages>(room), kAtOnce);
+    const int64_t left = room - kScratchBytes - Stream<Format, 2, true, Stages>::kSharedBytes;
+    const int64_t most = std::min(left / resident_bytes(1), kAtOnce);
     return most >= std::min<int64_t>(T, kGroupTokens) ? equal_parts(T, most) : kManyParts;
-  }
-  template <int Stages>
-  int64_t most_resident(int room) const {
-    return (room - kScratchBytes - Stream<Format, 2, true, Stages>::kSharedBytes) / resident_bytes(1);
-  }
-  // Whether the parts had better be passes of the same blocks.
-  bool in_passes(int room) const {
-    return T > kAtOnce && most_resident<kMostStages>(room) >= kAtOnce && strips() * tiles * kTileBytes <= kCachedBytes;
   }
 };
 
@@ -123,7 +112,7 @@ template <class Format, int Groups, bool Resident, int Stages = kMostStages>
 int launch_decode(const Activations& x, const TokenRows& tokens, const void* w, const RowsOut& out, const Plan<Format>& plan,
                   int64_t parts, void* stream) {
   using Work = Stream<Format, Groups, Resident, Stages>;
-  const int64_t at_once = std::min<int64_t>(equal_parts(plan.T, parts), Work::kTokens);
+  const int64_t at_once = equal_parts(plan.T, parts);
   const size_t bytes = Work::kSharedBytes + (Resident ? static_cast<size_t>(plan.resident_bytes(at_once)) : 0);
   unsigned blocks;
   if (int status = decode_blocks(bytes, plan.strips() * parts, &blocks)) return status;
@@ -143,7 +132,6 @@ int linear_of(const Activations& x, const void* w, const RowsOut& out, int64_t T
       int room;
       if (int status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return status;
       const int64_t parts = plan.template parts<kMostStages>(room), fewer = plan.template parts<kShortStages>(room);
-      if (plan.in_passes(room)) return launch_decode<Format, 2, true>(x, tokens, w, out, plan, 1, stream);
       if (fewer < parts) return launch_decode<Format, 2, true, kShortStages>(x, tokens, w, out, plan, fewer, stream);
       if (parts < kManyParts) return launch_decode<Format, 2, true>(x, tokens, w, out, plan, parts, stream);
     }
