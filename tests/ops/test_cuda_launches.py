@@ -163,10 +163,13 @@ def test_a_call_neither_waits_for_the_device_nor_allocates(device, group_of_one,
     assert device.emulation.waits() == before
 
 
-@pytest.mark.parametrize(("w_dtype", "megabytes"), [(I8, 369), (BF16, 185)], ids=["int8", "bfloat16"])
-def test_experts_workspace_is_bounded_as_stated(counting, w_dtype, megabytes):
-    """cuda/moe.cu, of Mixtral-8x7B."""
-    config = MODELS["mixtral-8x7b"]
+@pytest.mark.parametrize(
+    ("model", "w_dtype", "megabytes"),
+    [("mixtral-8x7b", I8, 369), ("mixtral-8x7b", BF16, 185), ("mixtral-8x22b", I8, 428), ("mixtral-8x22b", BF16, 235)],
+)
+def test_experts_workspace_is_bounded_as_stated(counting, model, w_dtype, megabytes):
+    """In cuda/moe.cu."""
+    config = MODELS[model]
     sizes = config.hidden_size, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok
     needed = {t: counting.kernels.fused_moe_workspace(w_dtype, t, *sizes) for t in (*range(1, 6200, 7), 2048)}
     assert max(needed.values()) == needed[2048]

@@ -9,9 +9,9 @@
 //             (w2 h), y) in increasing expert index from zero, as on the CPU: with int8 weights y has the CPU's bits. With
 //             weights of 16 bits h is rounded to the activations' type, in float16 to infinity where it is too large.
 // WORKSPACE   at most 2,048 tokens at a time (kSlab), so that it is bounded: of top_k rows a token, with int8 4 I bytes of
-// h,
-//             2 I of it rounded and, where I < H, 4 H - 4 I more; with 16 bits 2 I and 4 H; and 2 H a token. Mixtral-8x7B,
-//             int8 (bfloat16): 1 token 0.2 MB (0.06), 32 5.8 MB (1.8), 512 92 MB (46), 2,048 369 MB (185), never more.
+//             h, 2 I of it rounded and, where I < H, 4 H - 4 I more; with 16 bits 2 I and 4 H; and 2 H a token.
+//             Mixtral-8x7B, int8 (bfloat16): 1 token 0.2 MB (0.06), 32 5.8 MB (1.8), 512 92 MB (46), 2,048 369 MB (185),
+//             never more; 8x22B 428 MB (235).
 // UNSUPPORTED E > 64, and what linear.cu refuses.
 #include "decode.cuh"
 #include "formats.cuh"
@@ -262,7 +262,9 @@ struct Experts {
 
   template <int Groups>
   int few() const {
-    constexpr int kShared = Stream<Format, Groups, false>::kSharedBytes;
+    constexpr size_t kShared = Stream<Format, Groups, false>::kSharedBytes;
+    static_assert(kShared + sizeof(Hits) + sizeof(float[Groups * kGroupTokens][kTileRows]) <= 163 * 1024,
+                  "more than sm_80 has");
     const int64_t hits = of.E < of.rows() ? of.E : of.rows();
     unsigned blocks;
     if (int status = decode_blocks(kShared, gate_up_strips * hits, &blocks)) return status;
